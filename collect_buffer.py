@@ -1,0 +1,499 @@
+"""Phase 2 of actor distillation: the trained teacher plays, and a replay buffer records it.
+
+    python collect_buffer.py                                      # the teacher of Pong
+    python collect_buffer.py --env-id BreakoutNoFrameskip-v4 --num-samples 50_000
+
+The buffer is one `.npz` that NumPy alone can read. It holds every frame once; an observation is
+four rows of `frames`, so that 540,000 samples fit in 4 GB where stacked they would fill 15 GB:
+
+    with np.load("buffers/PongNoFrameskip-v4.npz") as buffer:
+        observation = buffer["frames"][buffer["stack_index"][i]]  # uint8 [4, 84, 84]
+        target = buffer["action_probs"][i]                        # float32 [A]
+
+One step is one action of the teacher, which the emulator repeats for four frames; one sample is
+one step.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = "collect_buffer"
+    """name of this experiment, part of the run's name; no slash"""
+    seed: int = 1
+    """seed of the games and the sampled actions; 0 or more"""
+    cuda: bool = True
+    """use a CUDA GPU when there is one"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic kernels only; off, it picks the fastest"""
+    track: bool = False
+    """mirror every logged metric to Weights & Biases"""
+    wandb_project_name: str = "actor-distillation"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B entity (user or team); without it, the login's default"""
+    teacher_path: str | None = None
+    """checkpoint of the teacher; default `checkpoints/{env_id}/ppo_high.pt`"""
+    buffer_path: str | None = None
+    """buffer to write; default `buffers/{env_id}.npz`"""
+    overwrite: bool = False
+    """replace `buffer_path` if it exists"""
+
+    # Environment
+    env_id: str = "PongNoFrameskip-v4"
+    """gymnasium id of the Atari game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
+    num_envs: int = 16
+    """games played at once"""
+    repeat_action_probability: float = 0.0
+    """sticky actions: chance that the emulator repeats the last action in a frame, 0 to 1"""
+
+    # Collection
+    num_samples: int = 540_000
+    """steps to record, all games together; DQN distillation used ten hours of play, 540,000"""
+    greedy: bool = False
+    """play the most probable action instead of sampling from the policy"""
+
+
+class UsageError(Exception):
+    """A flag or a file that cannot be used: shown as one line on stderr, with exit status 2."""
+
+
+def check_flags(args, **ranges):
+    """Check that numeric flags lie in their ranges, given as name=(lowest, highest); None passes.
+
+    Raises:
+        UsageError: naming the flag, its value and its range.
+    """
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not lowest <= value <= highest:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value}: must be {lowest:,} to {highest:,}")
+
+
+def resolve_game(env_id):
+    """Find the game that a gymnasium id names.
+
+    Args:
+        env_id: `PongNoFrameskip-v4`, `ALE/Pong-v5` or `Pong-v5`.
+
+    Returns:
+        The canonical id and ale-py's ROM name: ("MsPacmanNoFrameskip-v4", "ms_pacman").
+
+    Raises:
+        UsageError: for an unknown game, with the closest names.
+    """
+    games = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
+    if game not in games or env_id not in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5", f"{game}-v5"):
+        close = difflib.get_close_matches(game, games, cutoff=0.5) or ["Pong", "Breakout"]
+        names = ", ".join(f"{name}NoFrameskip-v4" for name in close)
+        raise UsageError(f"--env-id {env_id}: no such game; did you mean {names}?")
+    return f"{game}NoFrameskip-v4", games[game]
+
+
+def preprocessing():
+    """The emulator's settings that shape an observation, by ale-py's names."""
+    return {"frameskip": 4, "maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84,
+            "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
+
+
+def make_envs(rom, num_envs, life_loss, repeat_action_probability):
+    """Games that run and are preprocessed on ale-py's C++ threads.
+
+    A game that ends restarts within the same step, so that no step is lost to a reset; rewards
+    stay raw. With `life_loss` a lost life also reports `terminated`, while the game goes on.
+
+    Args:
+        rom: ale-py's name of the game, such as "ms_pacman".
+        num_envs: number of games.
+        life_loss: whether a lost life ends an episode.
+        repeat_action_probability: sticky actions, 0 to 1.
+
+    Returns:
+        An AtariVectorEnv whose observations are uint8 [num_envs, 4, 84, 84], the oldest frame
+        first, with blank frames before a game's start.
+    """
+    return AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
+                          reward_clipping=False, life_loss_info=life_loss,
+                          repeat_action_probability=repeat_action_probability, **preprocessing())
+
+
+def game_seeds(num_envs, *entropy):
+    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+
+    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
+    """
+    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
+
+
+def layer_init(layer, std=math.sqrt(2)):
+    """Orthogonal weights with gain `std` and zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
+
+    Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
+    weights that it counts.
+    """
+
+    SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+
+    def __init__(self, capacity, num_actions):
+        super().__init__()
+        c1, c2, c3, hidden = self.SIZES[capacity]
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
+            layer_init(nn.Conv2d(c2, c3, 3)), nn.ReLU(), nn.Flatten(),
+            layer_init(nn.Linear(c3 * 7 * 7, hidden)), nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(hidden, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(hidden, 1), std=1)
+
+    def forward(self, obs):
+        """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
+        # channels_last is the layout in which small convolutions are fastest on a CPU
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        hidden = self.network(x)
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a file that stands at `path` whole when the block ends, and not at all if it raises."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path, overwrite):
+    """Make sure that `path` can be written, before any work is spent on its content.
+
+    Raises:
+        UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path}: exists already; pass --overwrite to replace it, or another path")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: its folder cannot be written; name another path")
+
+
+def load_checkpoint(path, env_id, num_actions, made_by):
+    """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
+
+    Args:
+        path: the `.pt` file.
+        env_id: canonical id of the game that it must belong to.
+        num_actions: size of that game's action set.
+        made_by: command that makes such a file, for the messages.
+
+    Returns:
+        The checkpoint, a dict whose tensors are on the CPU, and its Agent.
+
+    Raises:
+        UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; make it with `{made_by}`")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight
+            if archive.testzip() is not None:
+                raise ValueError("CRC mismatch")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can make the parsers raise anything
+        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
+                         f"make it anew with `{made_by}`") from None
+    needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
+              "model", "args", "evaluation"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
+    if checkpoint["format_version"] != 1:
+        raise UsageError(f"{path}: has format version {checkpoint['format_version']}, and this "
+                         "script reads version 1; update the script")
+    if checkpoint["env_id"] != env_id:
+        raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
+                         f"pass --env-id {checkpoint['env_id']}")
+    try:
+        agent = Agent(checkpoint["capacity"], num_actions)
+        agent.load_state_dict(checkpoint["model"])
+    except Exception:
+        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']} network with "
+                         f"{num_actions} actions; make it anew with `{made_by}`") from None
+    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+        raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
+    return checkpoint, agent
+
+
+class Logger:
+    """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
+
+    Args:
+        run_name: unique name, no slash.
+        args: dataclass of flags, which are recorded; track and wandb_* are read.
+        group: W&B's group, the game.
+        purge_step: on a resume, the first step whose earlier events TensorBoard drops.
+    """
+
+    def __init__(self, run_name, args, group, purge_step=None):
+        self.writer = SummaryWriter(f"runs/{run_name}", purge_step=purge_step)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}", purge_step or 0)
+        self.wandb_run = None
+        if args.track:
+            try:
+                import wandb
+
+                self.wandb_run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
+                    group=group, job_type=args.exp_name, config=vars(args), save_code=True)
+                self.wandb_run.define_metric("*", step_metric="global_step")
+            except Exception as error:  # a run is worth more than its mirror
+                print(f"warning: no W&B, TensorBoard only: {error}", file=sys.stderr)
+
+    def log(self, metrics, global_step):
+        """Record a dict of numbers by name, at a step that never goes back."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, global_step)
+        if self.wandb_run is not None:
+            self.wandb_run.log({**metrics, "global_step": global_step})
+
+    def close(self):
+        """Write out what is still pending."""
+        self.writer.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def new_run(env_id, args):
+    """Make a new folder in `runs/` and return its name, `{env_id}__{exp_name}__{seed}__{time}`.
+
+    Raises:
+        UsageError: if exp_name holds a slash.
+    """
+    if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
+        raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
+    stem = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name, copies = stem, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            Path("runs", name).mkdir(parents=True)
+            return name
+        copies += 1
+        name = f"{stem}-{copies}"
+
+
+def set_up_torch(args):
+    """Seed every generator, set cuDNN's determinism, and return the device the flags ask for."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def collect(agent, envs, num_samples, seed, greedy, on_game_end):
+    """Let a policy play and record every step, each frame once.
+
+    Game slot e fills a contiguous stretch of the samples, in the order of play: neighbouring frames
+    look alike, and next to each other they compress several times better. Frame row i + 1 is the
+    newest frame of sample i, and row 0 is the blank frame from before a game's start.
+
+    Args:
+        agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
+        envs: AtariVectorEnv of `make_envs(..., life_loss=False)`.
+        num_samples: N, steps to record over all slots; games under way are then cut off.
+        seed: of the games and the actions.
+        greedy: take the most probable action instead of sampling.
+        on_game_end: called with (samples so far, raw return, length in steps) at each game's end.
+
+    Returns:
+        The buffer's arrays by name, without `meta`: frames uint8 [N + 1, 84, 84], stack_index int32
+        [N, 4], action_probs float32 [N, A], values float32 [N], actions uint8 [N], rewards float32
+        [N], dones bool [N], env_index and episode_index int32 [N], and episode_returns float32 [E],
+        NaN for a game that was cut off.
+    """
+    device = next(agent.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    num_envs, num_actions = envs.num_envs, int(envs.single_action_space.n)
+    stretch = num_samples // num_envs + (np.arange(num_envs) < num_samples % num_envs)
+    first = np.cumsum(stretch) - stretch
+    frames = np.empty((num_samples + 1, 84, 84), np.uint8)
+    frames[0] = 0
+    stack_index = np.empty((num_samples, 4), np.int32)
+    action_probs = np.empty((num_samples, num_actions), np.float32)
+    values, rewards = np.empty((2, num_samples), np.float32)
+    actions, dones = np.empty(num_samples, np.uint8), np.empty(num_samples, bool)
+    obs, _ = envs.reset(seed=game_seeds(num_envs, seed, 2))
+    age = np.zeros(num_envs, np.int64)
+    frames_back = np.array([3, 2, 1, 0])
+    with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
+              mininterval=1) as bar:
+        for t in range(stretch[0]):
+            logits, value = agent(torch.from_numpy(obs).to(device))
+            action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+            action = action.cpu().numpy()
+            envs.send(action)
+            e = np.flatnonzero(t < stretch)  # the later slots may have one sample less to record
+            row = first[e] + t
+            frames[row + 1] = obs[e, 3]
+            in_game = frames_back <= age[e, None]
+            stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
+            action_probs[row] = logits.softmax(-1).cpu().numpy()[e]
+            values[row] = value.cpu().numpy()[e]
+            actions[row] = action[e]
+            obs, reward, terminated, truncated, _ = envs.recv()
+            ended = terminated | truncated
+            rewards[row], dones[row] = reward[e], ended[e]
+            bar.update(len(e))
+            for i in np.flatnonzero(ended[e]):
+                game = rewards[row[i] - age[i]:row[i] + 1]
+                on_game_end(bar.n, float(game.sum()), len(game))
+            age = np.where(ended, 0, age + 1)
+
+    # a slot's stretch begins with a new game, and so does the sample after a game's end
+    starts = np.append(True, dones[:-1])
+    starts[first[stretch > 0]] = True
+    game_start = np.flatnonzero(starts)
+    finished = dones[np.append(game_start[1:], num_samples) - 1]
+    episode_returns = np.add.reduceat(rewards, game_start, dtype=np.float64)
+    return {"frames": frames, "stack_index": stack_index, "action_probs": action_probs,
+            "values": values, "actions": actions, "rewards": rewards, "dones": dones,
+            "env_index": np.repeat(np.arange(num_envs, dtype=np.int32), stretch),
+            "episode_index": np.cumsum(starts, dtype=np.int32) - np.int32(1),
+            "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)}
+
+
+def save_buffer(path, arrays):
+    """Write arrays as a compressed `.npz`, whole or not at all, with a progress bar.
+
+    Args:
+        path: file to write.
+        arrays: name: array, each C-contiguous.
+    """
+    chunk = 2**24
+    with (atomic_write(path) as file,
+          zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+          tqdm(total=sum(array.nbytes for array in arrays.values()), desc="compress", unit="B",
+               unit_scale=True, dynamic_ncols=True, mininterval=1) as bar):
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(member, header)
+                content = array.reshape(-1).view(np.uint8)
+                for start in range(0, len(content), chunk):
+                    member.write(content[start:start + chunk])
+                    bar.update(len(content[start:start + chunk]))
+
+
+def main(args):
+    env_id, rom = resolve_game(args.env_id)
+    check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
+                repeat_action_probability=(0, 1))
+    if args.env_id != env_id:
+        print(f"game        {args.env_id} is {env_id} here, with sticky actions at "
+              f"--repeat-action-probability {args.repeat_action_probability:g}")
+    device = set_up_torch(args)
+    envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    teacher_path = args.teacher_path or f"checkpoints/{env_id}/ppo_high.pt"
+    buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
+    checkpoint, agent = load_checkpoint(teacher_path, env_id, int(envs.single_action_space.n),
+                                        f"python ppo_atari_teacher.py --env-id {env_id}")
+    check_output(buffer_path, args.overwrite)
+    run_name = new_run(env_id, args)
+    logger = Logger(run_name, args, env_id)
+    print(f"run         runs/{run_name} on {device}, {args.num_samples:,} steps of {teacher_path}")
+
+    start_time = time.time()
+    arrays = collect(
+        agent.to(device, memory_format=torch.channels_last), envs, args.num_samples, args.seed,
+        args.greedy, lambda samples, game_return, length: logger.log(
+            {"charts/episodic_return": game_return, "charts/episodic_length": length,
+             "charts/SPS": samples / (time.time() - start_time)}, samples))
+    action_meanings = [action.name for action in envs.ale.get_action_set()]
+    envs.close()
+    with open(teacher_path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    packages = ("torch", "numpy", "ale-py", "gymnasium")
+    meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
+            "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
+            "repeat_action_probability": args.repeat_action_probability, "greedy": args.greedy,
+            "steps": args.num_samples, "capacity": checkpoint["capacity"],
+            "teacher": {"path": teacher_path, "sha256": sha256, "phase": checkpoint["phase"],
+                        "capacity": checkpoint["capacity"], "steps": checkpoint["global_step"],
+                        "evaluation": checkpoint["evaluation"]},
+            "versions": {name: importlib.metadata.version(name) for name in packages}}
+    arrays["meta"] = np.array(json.dumps(meta))
+    save_buffer(buffer_path, arrays)
+
+    game_returns = arrays["episode_returns"][~np.isnan(arrays["episode_returns"])]
+    logger.close()
+    size = Path(buffer_path).stat().st_size
+    print(f"games       {len(game_returns)} finished, {len(arrays['episode_returns'])} begun"
+          + (f"; mean return of the finished ones {game_returns.mean():.2f}, which favours short "
+             "games: it is not an evaluation" if len(game_returns) else ""))
+    print(f"wrote       {buffer_path}, {args.num_samples:,} samples, {size / 1e6:.1f} MB on disk, "
+          f"{size / args.num_samples:.0f} bytes a sample, "
+          f"{sum(array.nbytes for array in arrays.values()) / 1e6:,.0f} MB in memory")
+    print(f"next        python actor_distill.py --env-id {env_id} --buffer-path {buffer_path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,819 @@
+"""Phase 4 of actor distillation: train a distilled student further, with PPO in the game.
+
+    python finetune_student.py                                    # the medium student of Pong
+    python finetune_student.py --env-id BreakoutNoFrameskip-v4 --capacity low
+    python finetune_student.py --resume                           # go on after an interruption
+    python finetune_student.py --eval-only checkpoints/PongNoFrameskip-v4/finetuned_medium.pt
+
+The recipe is that of `ppo_atari_teacher.py`, and `diff ppo_atari_teacher.py finetune_student.py`
+shows all that fine-tuning changes: the weights it starts from, 20M steps instead of 75M, and an
+evaluation before the training too. Green, Vineyard & Koç (2019), "Distillation Strategies for
+Proximal Policy Optimization", distil the actor alone, so that PPO starts with a random critic;
+`--critic-warmup-updates` gives the critic a start before the actor moves.
+
+One step is one action of the agent, which the emulator repeats for four frames. Every count of
+this file is in steps, summed over the games that are played at once.
+"""
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = "finetune_student"
+    """name of this experiment, part of the run's name; no slash"""
+    seed: int = 1
+    """seed of the games, the actions and the minibatches; 0 or more"""
+    cuda: bool = True
+    """use a CUDA GPU when there is one"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic kernels only; off, it picks the fastest"""
+    track: bool = False
+    """mirror every logged metric to Weights & Biases"""
+    wandb_project_name: str = "actor-distillation"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B entity (user or team); without it, the login's default"""
+    capacity: Literal["high", "medium", "low"] | None = None
+    """size of the student, for the default paths; default medium, or that of `student_path`"""
+    student_path: str | None = None
+    """checkpoint to start from; default `checkpoints/{env_id}/distilled_{capacity}.pt`"""
+    save_path: str | None = None
+    """checkpoint to write; default `checkpoints/{env_id}/finetuned_{capacity}.pt`"""
+    checkpoint_interval: int = 1_000_000
+    """save at the end of an iteration when this many steps have passed since the last save"""
+    resume: bool = False
+    """go on from `save_path`: same weights, optimiser, random state and step; new games"""
+    overwrite: bool = False
+    """replace `save_path` if it exists"""
+
+    # Evaluation
+    eval_steps: int = 1_000_000
+    """budget of each evaluation, before and after training; 0 skips both"""
+    eval_greedy: bool = False
+    """evaluate the most probable action instead of sampling from the policy"""
+    eval_only: str | None = None
+    """train nothing: evaluate this checkpoint, of any phase, and leave it as it is"""
+
+    # Environment
+    env_id: str = "PongNoFrameskip-v4"
+    """gymnasium id of the Atari game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
+    num_envs: int = 16
+    """games played at once, in training and in evaluation"""
+    repeat_action_probability: float = 0.0
+    """sticky actions: chance that the emulator repeats the last action in a frame, 0 to 1"""
+
+    # Algorithm
+    total_timesteps: int = 20_000_000
+    """steps of training; rounded down to whole iterations of num_envs * num_steps"""
+    learning_rate: float = 3e-4
+    """Adam's learning rate at the start"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly, to 0 after the last iteration"""
+    num_steps: int = 2048
+    """steps of each game in one rollout"""
+    gamma: float = 0.99
+    """discount factor, 0 to 1"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation, 0 to 1 (the paper's tau)"""
+    update_epochs: int = 10
+    """passes over a rollout"""
+    num_minibatches: int = 32
+    """minibatches in a pass; 1024 is the literal reading of the paper's "batch sizes of 32\""""
+    norm_adv: bool = True
+    """normalise the advantages, once over the whole rollout"""
+    clip_coef: float = 0.1
+    """clipping range of the probability ratio, and of the value with `clip_vloss`"""
+    clip_vloss: bool = True
+    """clip the value loss around the rollout's value"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the whole gradient; a longer one is scaled down to it"""
+    target_kl: float | None = None
+    """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
+    critic_warmup_updates: int = 0
+    """iterations at the start that train the `critic` layer alone and leave the policy as it is"""
+
+
+class UsageError(Exception):
+    """A flag or a file that cannot be used: shown as one line on stderr, with exit status 2."""
+
+
+def check_flags(args, **ranges):
+    """Check that numeric flags lie in their ranges, given as name=(lowest, highest); None passes.
+
+    Raises:
+        UsageError: naming the flag, its value and its range.
+    """
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not lowest <= value <= highest:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value}: must be {lowest:,} to {highest:,}")
+
+
+def resolve_game(env_id):
+    """Find the game that a gymnasium id names.
+
+    Args:
+        env_id: `PongNoFrameskip-v4`, `ALE/Pong-v5` or `Pong-v5`.
+
+    Returns:
+        The canonical id and ale-py's ROM name: ("MsPacmanNoFrameskip-v4", "ms_pacman").
+
+    Raises:
+        UsageError: for an unknown game, with the closest names.
+    """
+    games = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
+    if game not in games or env_id not in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5", f"{game}-v5"):
+        close = difflib.get_close_matches(game, games, cutoff=0.5) or ["Pong", "Breakout"]
+        names = ", ".join(f"{name}NoFrameskip-v4" for name in close)
+        raise UsageError(f"--env-id {env_id}: no such game; did you mean {names}?")
+    return f"{game}NoFrameskip-v4", games[game]
+
+
+def preprocessing():
+    """The emulator's settings that shape an observation, by ale-py's names."""
+    return {"frameskip": 4, "maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84,
+            "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
+
+
+def make_envs(rom, num_envs, life_loss, repeat_action_probability):
+    """Games that run and are preprocessed on ale-py's C++ threads.
+
+    A game that ends restarts within the same step, so that no step is lost to a reset; rewards
+    stay raw. With `life_loss` a lost life also reports `terminated`, while the game goes on.
+
+    Args:
+        rom: ale-py's name of the game, such as "ms_pacman".
+        num_envs: number of games.
+        life_loss: whether a lost life ends an episode.
+        repeat_action_probability: sticky actions, 0 to 1.
+
+    Returns:
+        An AtariVectorEnv whose observations are uint8 [num_envs, 4, 84, 84], the oldest frame
+        first, with blank frames before a game's start.
+    """
+    return AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
+                          reward_clipping=False, life_loss_info=life_loss,
+                          repeat_action_probability=repeat_action_probability, **preprocessing())
+
+
+def game_seeds(num_envs, *entropy):
+    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+
+    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
+    """
+    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
+
+
+def layer_init(layer, std=math.sqrt(2)):
+    """Orthogonal weights with gain `std` and zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
+
+    Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
+    weights that it counts.
+    """
+
+    SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+
+    def __init__(self, capacity, num_actions):
+        super().__init__()
+        c1, c2, c3, hidden = self.SIZES[capacity]
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
+            layer_init(nn.Conv2d(c2, c3, 3)), nn.ReLU(), nn.Flatten(),
+            layer_init(nn.Linear(c3 * 7 * 7, hidden)), nn.ReLU(),
+        )
+        self.actor = layer_init(nn.Linear(hidden, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(hidden, 1), std=1)
+
+    def forward(self, obs):
+        """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
+        # channels_last is the layout in which small convolutions are fastest on a CPU
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        hidden = self.network(x)
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a file that stands at `path` whole when the block ends, and not at all if it raises."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path, overwrite):
+    """Make sure that `path` can be written, before any work is spent on its content.
+
+    Raises:
+        UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path}: exists already; pass --overwrite to replace it, or another path")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: its folder cannot be written; name another path")
+
+
+def load_checkpoint(path, env_id, num_actions, made_by):
+    """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
+
+    Args:
+        path: the `.pt` file.
+        env_id: canonical id of the game that it must belong to.
+        num_actions: size of that game's action set.
+        made_by: command that makes such a file, for the messages.
+
+    Returns:
+        The checkpoint, a dict whose tensors are on the CPU, and its Agent.
+
+    Raises:
+        UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; make it with `{made_by}`")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight
+            if archive.testzip() is not None:
+                raise ValueError("CRC mismatch")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can make the parsers raise anything
+        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
+                         f"make it anew with `{made_by}`") from None
+    needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
+              "model", "args", "evaluation"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
+    if checkpoint["format_version"] != 1:
+        raise UsageError(f"{path}: has format version {checkpoint['format_version']}, and this "
+                         "script reads version 1; update the script")
+    if checkpoint["env_id"] != env_id:
+        raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
+                         f"pass --env-id {checkpoint['env_id']}")
+    try:
+        agent = Agent(checkpoint["capacity"], num_actions)
+        agent.load_state_dict(checkpoint["model"])
+    except Exception:
+        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']} network with "
+                         f"{num_actions} actions; make it anew with `{made_by}`") from None
+    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+        raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
+    return checkpoint, agent
+
+
+@torch.inference_mode()
+def play(agent, envs, eval_steps, seed, greedy):
+    """Play whole games, in a way that favours neither short nor long ones.
+
+    Game slot e retires at its first game end at or after its own step ceil(eval_steps / num_envs).
+    Every game that it began until then counts, and none after: counting only what has finished
+    within the budget would leave long games out.
+
+    Args:
+        agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
+        envs: AtariVectorEnv of `make_envs(..., life_loss=False)`.
+        eval_steps: budget, summed over the slots; games under way go on to their end.
+        seed: of the games and the actions; training's random state is neither read nor changed.
+        greedy: take the most probable action instead of sampling.
+
+    Returns:
+        Raw returns [G] and lengths in steps [G]: two lists, in the order in which the games ended.
+    """
+    device = next(agent.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
+    playing = np.ones(envs.num_envs, bool)
+    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+    returns, lengths = [], []
+    slot_step, quota = 0, math.ceil(eval_steps / envs.num_envs)
+    with tqdm(desc="evaluate", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        while playing.any():
+            logits, _ = agent(torch.from_numpy(obs).to(device))
+            action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+            obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+            slot_step += 1
+            game_return += reward
+            game_length += 1
+            ended = terminated | truncated
+            for e in np.flatnonzero(ended & playing):
+                returns.append(float(game_return[e]))
+                lengths.append(int(game_length[e]))
+            game_return[ended] = 0
+            game_length[ended] = 0
+            bar.total = max(eval_steps, bar.n + int(playing.sum()))
+            bar.update(int(playing.sum()))
+            if slot_step >= quota:
+                playing &= ~ended
+                bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
+    return returns, lengths
+
+
+def summarize(returns):
+    """Describe the returns of G games, as a dict of plain numbers.
+
+    std is that of the games themselves (ddof 0). The interquartile mean `iqm` leaves out the
+    floor(G / 4) lowest and highest games. `ci95` is the 95% percentile bootstrap interval of the
+    mean, from 2,000 resamples of the games.
+    """
+    scores = np.sort(np.asarray(returns, np.float64))
+    cut = len(scores) // 4
+    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
+    return {"mean": float(scores.mean()), "std": float(scores.std()), "max": float(scores.max()),
+            "episodes": len(scores), "iqm": float(scores[cut:len(scores) - cut].mean()),
+            "ci95": [float(bound) for bound in np.percentile(means, (2.5, 97.5))]}
+
+
+def evaluate(agent, rom, args, identity, path):
+    """Evaluate a policy by the rule of `play`; write the figures as JSON and print a line of them.
+
+    Args:
+        agent: the policy.
+        rom: ale-py's name of the game.
+        args: eval_steps, eval_greedy, num_envs, seed and repeat_action_probability are read.
+        identity: env_id, phase, capacity and checkpoint of the policy; the JSON repeats them.
+        path: file to write, such as `runs/{run_name}/eval.json`.
+
+    Returns:
+        What was written, without the list of every game's return and length.
+    """
+    envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    returns, lengths = play(agent, envs, args.eval_steps, args.seed, args.eval_greedy)
+    envs.close()
+    result = {**identity, "seed": args.seed, "greedy": args.eval_greedy, "num_envs": args.num_envs,
+              "repeat_action_probability": args.repeat_action_probability,
+              "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
+    with atomic_write(path) as file:
+        file.write(json.dumps({**result, "returns": returns, "lengths": lengths}).encode())
+    low, high = result["ci95"]
+    different = f" with {len(set(returns))} different returns" if args.eval_greedy else ""
+    print(f"evaluation  {result['env_id']} {result['phase']} {result['capacity']}: mean "
+          f"{result['mean']:.2f} ± {result['std']:.2f}, max {result['max']:g}, "
+          f"{len(returns)} games{different}, {result['steps']:,} steps, iqm {result['iqm']:.2f}, "
+          f"95% interval of the mean {low:.2f} to {high:.2f}")
+    return result
+
+
+class Logger:
+    """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
+
+    Args:
+        run_name: unique name, no slash.
+        args: dataclass of flags, which are recorded; track and wandb_* are read.
+        group: W&B's group, the game.
+        purge_step: on a resume, the first step whose earlier events TensorBoard drops.
+    """
+
+    def __init__(self, run_name, args, group, purge_step=None):
+        self.writer = SummaryWriter(f"runs/{run_name}", purge_step=purge_step)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}", purge_step or 0)
+        self.wandb_run = None
+        if args.track:
+            try:
+                import wandb
+
+                self.wandb_run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
+                    group=group, job_type=args.exp_name, config=vars(args), save_code=True)
+                self.wandb_run.define_metric("*", step_metric="global_step")
+            except Exception as error:  # a run is worth more than its mirror
+                print(f"warning: no W&B, TensorBoard only: {error}", file=sys.stderr)
+
+    def log(self, metrics, global_step):
+        """Record a dict of numbers by name, at a step that never goes back."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, global_step)
+        if self.wandb_run is not None:
+            self.wandb_run.log({**metrics, "global_step": global_step})
+
+    def close(self):
+        """Write out what is still pending."""
+        self.writer.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def new_run(env_id, args):
+    """Make a new folder in `runs/` and return its name, `{env_id}__{exp_name}__{seed}__{time}`.
+
+    Raises:
+        UsageError: if exp_name holds a slash.
+    """
+    if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
+        raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
+    stem = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name, copies = stem, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            Path("runs", name).mkdir(parents=True)
+            return name
+        copies += 1
+        name = f"{stem}-{copies}"
+
+
+def set_up_torch(args):
+    """Seed every generator, set cuDNN's determinism, and return the device the flags ask for."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def gae(rewards, values, ends, bootstraps, last_values, gamma, gae_lambda):
+    """Generalised advantage estimation, Schulman et al. 2016 (arXiv:1506.02438), Eq. 16.
+
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lambda A_{t+1}. Nothing
+    flows back over an episode's end, where V(s_{t+1}) is 0 if the episode terminated and the value
+    of its final observation if it was truncated.
+
+    Args:
+        rewards, values: float32 [T, N], r_t and V(s_t).
+        ends: float32 [T, N], 1 where an episode ended with step t, for whatever reason.
+        bootstraps: float32 [T, N], value of the final observation where truncated, elsewhere 0.
+        last_values: float32 [N], value of the observation after the last step.
+        gamma, gae_lambda: 0 to 1.
+
+    Returns:
+        Advantages float32 [T, N]; with `values` added, the returns that the critic is fitted to.
+    """
+    advantages = torch.empty_like(rewards)
+    advantage, next_values = torch.zeros_like(last_values), last_values
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * ((1 - ends[t]) * next_values + bootstraps[t]) - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * (1 - ends[t]) * advantage
+        next_values = values[t]
+    return advantages
+
+
+def ppo_loss(logits, values, actions, old_logprobs, advantages, returns, old_values,
+             clip_coef, clip_vloss, ent_coef, vf_coef):
+    """The clipped objective of PPO, Schulman et al. 2017 (arXiv:1707.06347), Eq. 7 and 9, negated.
+
+    Args:
+        logits, values: float32 [B, A] and [B], of the network in training.
+        actions: int64 [B].
+        old_logprobs, advantages, returns, old_values: float32 [B], of the rollout.
+        clip_coef, clip_vloss, ent_coef, vf_coef: the flags of these names.
+
+    Returns:
+        The loss, a scalar to minimise, and float32 [6], detached: policy_loss, value_loss, entropy,
+        old_approx_kl = E[-log r], approx_kl = E[r - 1 - log r], the low-variance estimate of
+        http://joschu.net/blog/kl-approx.html, and clipfrac.
+    """
+    all_logprobs = logits.log_softmax(-1)
+    logratio = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_logprobs
+    ratio = logratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    value_error = (values - returns).square()
+    if clip_vloss:
+        clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        value_error = torch.max(value_error, (clipped_values - returns).square())
+    value_loss = 0.5 * value_error.mean()
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
+    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss
+    clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
+    statistics = (policy_loss, value_loss, entropy, -logratio.mean(),
+                  (ratio - 1 - logratio).mean(), clipfrac)
+    return loss, torch.stack(statistics).detach()
+
+
+def ppo_update(agent, optimizer, obs, *batch, max_grad_norm, **coefficients):
+    """One optimiser step on one minibatch; no value leaves the device.
+
+    Args:
+        obs: uint8 [B, 4, 84, 84].
+        batch: actions to old_values of `ppo_loss`, in its order.
+        max_grad_norm: bound on the norm of the whole gradient.
+        coefficients: clip_coef to vf_coef of `ppo_loss`, by name.
+
+    Returns:
+        The six statistics of `ppo_loss`, float32 [6].
+    """
+    loss, statistics = ppo_loss(*agent(obs), *batch, **coefficients)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+    optimizer.step()
+    return statistics
+
+
+def load_optimizer(optimizer, state):
+    """Load Adam's saved state, each moment in the memory layout of its parameter.
+
+    Fused Adam pairs weights and moments by their place in memory: a moment in another layout than
+    its channels_last weight would move the wrong weights, without any error.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
+
+def check_resumable(path, saved, args):
+    """Make sure that a checkpoint can be resumed with these flags.
+
+    Raises:
+        UsageError: if it holds no optimiser, or a flag that shapes the training differs.
+    """
+    free = {"total_timesteps", "checkpoint_interval", "save_path", "resume", "overwrite", "env_id",
+            "cuda", "track", "wandb_project_name", "wandb_entity", "eval_steps", "eval_greedy"}
+    for name, value in vars(args).items():
+        if name not in free and (before := saved["args"].get(name)) != value:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value}: {path} was trained with {before}; resume with "
+                             "that, or train to another --save-path")
+    if not {"optimizer", "rng", "run_name"} <= saved.keys():
+        raise UsageError(f"{path}: holds no optimiser state, so it cannot be resumed; train to "
+                         "another --save-path")
+
+
+def check_capacity(path, checkpoint, capacity):
+    """Make sure that a checkpoint is of the capacity that a flag asks for, if it asks.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    if capacity not in (None, checkpoint["capacity"]):
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
+                         "leave out --capacity")
+
+
+def share_of_teacher(result, teacher):
+    """A sentence on a policy's mean return as a share of its teacher's.
+
+    Args:
+        result: what `evaluate` returned for the policy, or None.
+        teacher: what it returned for the teacher, or None.
+    """
+    if result is None or teacher is None:
+        who = "student" if result is None else "teacher"
+        return f"the {who} was not evaluated, so there is no share of the teacher's mean to give"
+    means = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
+    if teacher["mean"] <= 0:
+        return f"{means}: a share says nothing where the teacher's mean is not positive"
+    return f"{means}: {100 * result['mean'] / teacher['mean']:.1f}% of its teacher"
+
+
+def main(args):
+    env_id, rom = resolve_game(args.env_id)
+    check_flags(
+        args, seed=(0, 2**63 - 1), checkpoint_interval=(1, 10**12), num_envs=(1, 1024),
+        eval_steps=(0 if args.eval_only is None else 1, 10**12), repeat_action_probability=(0, 1),
+        learning_rate=(1e-12, 1e3), num_steps=(1, 10**6), gamma=(0, 1), gae_lambda=(0, 1),
+        update_epochs=(1, 1000), num_minibatches=(1, args.num_envs * args.num_steps),
+        total_timesteps=(args.num_envs * args.num_steps, 10**12), clip_coef=(1e-12, 1e6),
+        ent_coef=(0, 1e6), vf_coef=(0, 1e6), max_grad_norm=(1e-12, 1e12), target_kl=(1e-12, 1e6),
+        critic_warmup_updates=(0, 10**9))
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide num_envs * "
+                         f"num_steps = {batch_size}")
+    if args.env_id != env_id:
+        print(f"game        {args.env_id} is {env_id} here, with sticky actions at "
+              f"--repeat-action-probability {args.repeat_action_probability:g}")
+    device = set_up_torch(args)
+    envs = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
+    num_actions = int(envs.single_action_space.n)
+    made_by = f"python actor_distill.py --env-id {env_id} --capacity {args.capacity or 'medium'}"
+
+    if args.eval_only is not None:
+        checkpoint, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
+        check_capacity(args.eval_only, checkpoint, args.capacity)
+        path = f"runs/{new_run(env_id, args)}/eval.json"
+        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity")}
+        evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
+                 identity | {"checkpoint": args.eval_only}, path)
+        print(f"wrote       {path}")
+        return
+
+    student_path = (args.student_path
+                    or f"checkpoints/{env_id}/distilled_{args.capacity or 'medium'}.pt")
+    student, agent = load_checkpoint(student_path, env_id, num_actions, made_by)
+    check_capacity(student_path, student, args.capacity)
+    args.capacity = student["capacity"]
+    save_path = args.save_path or f"checkpoints/{env_id}/finetuned_{args.capacity}.pt"
+    check_output(save_path, args.overwrite or args.resume)
+    agent = agent.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    if args.resume and Path(save_path).exists():
+        saved, _ = load_checkpoint(save_path, env_id, num_actions, made_by)
+        check_resumable(save_path, saved, args)
+        agent.load_state_dict(saved["model"])
+        load_optimizer(optimizer, saved["optimizer"])
+        torch.set_rng_state(saved["rng"]["torch"])
+        if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        global_step, run_name = saved["global_step"], saved["run_name"]
+        logger = Logger(run_name, args, env_id, purge_step=global_step + 1)
+        print(f"resumed     {save_path} at step {global_step:,}")
+    else:
+        global_step, run_name = 0, new_run(env_id, args)
+        logger = Logger(run_name, args, env_id)
+        if args.resume:
+            print(f"resume      {save_path} is not there yet, so training starts anew")
+    identity = {"env_id": env_id, "phase": "finetuned", "capacity": args.capacity,
+                "checkpoint": save_path}
+    num_iterations = args.total_timesteps // batch_size
+    print(f"run         runs/{run_name} on {device}, {num_iterations:,} iterations of "
+          f"{batch_size:,} steps")
+
+    def save(evaluation):
+        """Write the whole state of the training to `save_path`."""
+        rng = {"torch": torch.get_rng_state(),
+               "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        with atomic_write(save_path) as file:
+            torch.save({"format_version": 1, **identity, "num_actions": num_actions,
+                        "global_step": global_step, "model": agent.state_dict(),
+                        "args": vars(args), "evaluation": evaluation, "run_name": run_name,
+                        "evaluation_before": before, "teacher": teacher,
+                        "optimizer": optimizer.state_dict(), "rng": rng}, file)
+
+    before, teacher = None, student.get("teacher")
+    if global_step:
+        before = saved["evaluation_before"]
+    elif args.eval_steps:
+        start = identity | {"phase": student["phase"], "checkpoint": student_path}
+        before = evaluate(agent, rom, args, start, f"runs/{run_name}/eval_before.json")
+        logger.log({f"eval/{name}": before[name] for name in ("mean", "std", "iqm")}, 0)
+
+    rollout_shape = (args.num_steps, args.num_envs)
+    obs = torch.empty((*rollout_shape, 4, 84, 84), dtype=torch.uint8, device=device)
+    actions = torch.empty(rollout_shape, dtype=torch.int64, device=device)
+    logprobs, values = torch.empty((2, *rollout_shape), device=device)
+    rewards, ends, bootstraps = torch.empty((3, *rollout_shape))
+
+    next_obs, info = envs.reset(seed=game_seeds(args.num_envs, args.seed, 1, global_step))
+    frame_number = info["episode_frame_number"]
+    game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+    recent_returns = deque(maxlen=100)
+    start_step = last_saved = global_step
+    start_time = time.time()
+    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step",
+               dynamic_ncols=True, mininterval=1)
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        if args.anneal_lr:
+            fraction_left = 1 - (iteration - 1) / num_iterations
+            optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+        warming_up = iteration <= args.critic_warmup_updates
+        agent.network.requires_grad_(not warming_up)
+        agent.actor.requires_grad_(not warming_up)
+
+        bar.set_description("rollout")
+        for step in range(args.num_steps):
+            obs[step] = torch.from_numpy(next_obs)
+            with torch.no_grad():
+                logits, values[step] = agent(obs[step])
+            actions[step] = sample_actions(logits)
+            envs.send(actions[step].cpu().numpy())
+            logprobs[step] = logits.log_softmax(-1).gather(-1, actions[step, :, None])[:, 0]
+            next_obs, reward, terminated, truncated, info = envs.recv()
+
+            # a lost life reports `terminated` too, but only a new game turns the frame count back
+            game_over = truncated | (terminated & (info["episode_frame_number"] < frame_number))
+            frame_number = info["episode_frame_number"]
+            rewards[step] = torch.from_numpy(np.sign(reward))
+            ends[step] = torch.from_numpy(terminated | truncated)
+            bootstraps[step] = 0
+            if truncated.any():
+                final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
+                with torch.no_grad():
+                    bootstraps[step, torch.from_numpy(truncated)] = agent(final_obs)[1].cpu()
+
+            global_step += args.num_envs
+            bar.update(args.num_envs)
+            game_return += reward
+            game_length += 1
+            for e in np.flatnonzero(game_over):
+                logger.log({"charts/episodic_return": game_return[e],
+                            "charts/episodic_length": game_length[e]}, global_step)
+                recent_returns.append(game_return[e])
+            game_return[game_over] = 0
+            game_length[game_over] = 0
+
+        with torch.no_grad():
+            last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
+        advantages = gae(rewards, values.cpu(), ends, bootstraps, last_values,
+                         args.gamma, args.gae_lambda).to(device)
+        returns = advantages + values
+        if args.norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
+
+        b_obs = obs.flatten(0, 1)
+        b_rest = [x.flatten() for x in (actions, logprobs, advantages, returns, values)]
+        statistics = []
+        for epoch in range(args.update_epochs):
+            bar.set_description(f"update {epoch + 1}/{args.update_epochs}")
+            for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+                statistics.append(ppo_update(
+                    agent, optimizer, b_obs[mb], *(x[mb] for x in b_rest),
+                    max_grad_norm=args.max_grad_norm, clip_coef=args.clip_coef,
+                    clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef))
+            if args.target_kl is not None:
+                if torch.stack(statistics[-args.num_minibatches:])[:, 4].mean() > args.target_kl:
+                    break
+
+        losses = torch.stack(statistics).mean(0).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise UsageError(f"step {global_step:,}: training diverged, the losses are {losses}; "
+                             f"{save_path} stays as last saved; lower --learning-rate")
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+        metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
+        unexplained = (returns - values).var() / returns.var()
+        metrics["losses/explained_variance"] = 1 - unexplained.item()
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        logger.log(metrics, global_step)
+        if recent_returns:
+            bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
+        if global_step - last_saved >= args.checkpoint_interval:
+            save(evaluation=None)
+            last_saved = global_step
+    bar.close()
+    envs.close()
+    if global_step > last_saved:
+        save(evaluation=None)
+
+    if args.eval_steps:
+        result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
+        save(result)
+        logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
+        print(f"wrote       runs/{run_name}/eval.json")
+        if before is not None:
+            print(f"gain        mean {before['mean']:.2f} before, {result['mean']:.2f} after: "
+                  f"{result['mean'] - before['mean']:+.2f}")
+        print(f"student     {share_of_teacher(result, teacher and teacher['evaluation'])}")
+    logger.close()
+    print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB, trained for "
+          f"{global_step:,} steps")
+    print("curves      tensorboard --logdir runs")
+    print(f"next        python finetune_student.py --env-id {env_id} --eval-only {save_path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; with --resume it goes on from the last save", file=sys.stderr)
+        sys.exit(130)
