@@ -245,7 +245,7 @@ def check_output(path, overwrite):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
 
 
-def load_checkpoint(path, env_id, num_actions, made_by):
+def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
     Args:
@@ -253,6 +253,7 @@ def load_checkpoint(path, env_id, num_actions, made_by):
         env_id: canonical id of the game that it must belong to.
         num_actions: size of that game's action set.
         made_by: command that makes such a file, for the messages.
+        capacity: size that the network must have, if any.
 
     Returns:
         The checkpoint, a dict whose tensors are on the CPU, and its Agent.
@@ -281,6 +282,9 @@ def load_checkpoint(path, env_id, num_actions, made_by):
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
+    if capacity not in (None, checkpoint["capacity"]):
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
+                         "leave out --capacity")
     try:
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
@@ -495,10 +499,11 @@ def load_buffer(path, env_id, action_meanings, made_by):
     index, probs = buffer["stack_index"], buffer["action_probs"]
     bad = {"stack_index": ((index < 0) | (index >= len(buffer["frames"]))).any(1),
            "action_probs": ~((probs >= 0).all(1) & (abs(probs.sum(1) - 1) < 1e-3)),
-           "values": ~np.isfinite(buffer["values"])}
+           "values": ~np.isfinite(buffer["values"]),
+           "episode_index": ~np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
     for name, rows in bad.items():
         if rows.any():
-            raise UsageError(f"{path}: array {name} is invalid from row {rows.argmax()} on; "
+            raise UsageError(f"{path}: array {name} is invalid, first in row {rows.argmax()}; "
                              f"make it anew with `{made_by}`")
     return buffer | {"meta": meta}
 
@@ -597,17 +602,6 @@ def validate(agent, get_batch, rows):
                      "validation/value_loss"), means))
 
 
-def check_capacity(path, checkpoint, capacity):
-    """Make sure that a checkpoint is of the capacity that a flag asks for, if it asks.
-
-    Raises:
-        UsageError: if it is not.
-    """
-    if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
-                         "leave out --capacity")
-
-
 def share_of_teacher(result, teacher):
     """A sentence on a policy's mean return as a share of its teacher's.
 
@@ -641,8 +635,8 @@ def main(args):
 
     if args.eval_only is not None:
         checkpoint, agent = load_checkpoint(args.eval_only, env_id, len(action_meanings),
-                                            f"python actor_distill.py --env-id {env_id}")
-        check_capacity(args.eval_only, checkpoint, args.capacity)
+                                            f"python actor_distill.py --env-id {env_id}",
+                                            args.capacity)
         path = f"runs/{new_run(env_id, args)}/eval.json"
         identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
@@ -700,8 +694,9 @@ def main(args):
         global_step += len(train_rows)
         kl, value_error = (sums / len(train_rows)).tolist()
         if not math.isfinite(kl + args.value_coef * value_error):
-            raise UsageError(f"epoch {epoch}: distillation diverged, KL {kl}, value error "
-                             f"{value_error}; nothing was written; lower --learning-rate")
+            bar.close()
+            raise UsageError(f"distillation diverged in epoch {epoch}, KL {kl}, value error "
+                             f"{value_error}; no checkpoint was written; lower --learning-rate")
         sps = global_step / (time.time() - start_time)
         validation = validate(agent, get_batch, held_out_rows)
         logger.log({"losses/kl": kl, "losses/value_loss": 0.5 * value_error, **validation,

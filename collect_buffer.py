@@ -226,7 +226,7 @@ def check_output(path, overwrite):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
 
 
-def load_checkpoint(path, env_id, num_actions, made_by):
+def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
     Args:
@@ -234,6 +234,7 @@ def load_checkpoint(path, env_id, num_actions, made_by):
         env_id: canonical id of the game that it must belong to.
         num_actions: size of that game's action set.
         made_by: command that makes such a file, for the messages.
+        capacity: size that the network must have, if any.
 
     Returns:
         The checkpoint, a dict whose tensors are on the CPU, and its Agent.
@@ -262,6 +263,9 @@ def load_checkpoint(path, env_id, num_actions, made_by):
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
+    if capacity not in (None, checkpoint["capacity"]):
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
+                         "leave out --capacity")
     try:
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])

@@ -269,7 +269,7 @@ def check_output(path, overwrite):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
 
 
-def load_checkpoint(path, env_id, num_actions, made_by):
+def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
     Args:
@@ -277,6 +277,7 @@ def load_checkpoint(path, env_id, num_actions, made_by):
         env_id: canonical id of the game that it must belong to.
         num_actions: size of that game's action set.
         made_by: command that makes such a file, for the messages.
+        capacity: size that the network must have, if any.
 
     Returns:
         The checkpoint, a dict whose tensors are on the CPU, and its Agent.
@@ -305,6 +306,9 @@ def load_checkpoint(path, env_id, num_actions, made_by):
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
+    if capacity not in (None, checkpoint["capacity"]):
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
+                         "leave out --capacity")
     try:
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
@@ -585,17 +589,6 @@ def check_resumable(path, saved, args):
                          "another --save-path")
 
 
-def check_capacity(path, checkpoint, capacity):
-    """Make sure that a checkpoint is of the capacity that a flag asks for, if it asks.
-
-    Raises:
-        UsageError: if it is not.
-    """
-    if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
-                         "leave out --capacity")
-
-
 def share_of_teacher(result, teacher):
     """A sentence on a policy's mean return as a share of its teacher's.
 
@@ -635,10 +628,9 @@ def main(args):
     made_by = f"python actor_distill.py --env-id {env_id} --capacity {args.capacity or 'medium'}"
 
     if args.eval_only is not None:
-        checkpoint, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
-        check_capacity(args.eval_only, checkpoint, args.capacity)
+        saved, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by, args.capacity)
         path = f"runs/{new_run(env_id, args)}/eval.json"
-        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity")}
+        identity = {name: saved[name] for name in ("env_id", "phase", "capacity")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
                  identity | {"checkpoint": args.eval_only}, path)
         print(f"wrote       {path}")
@@ -646,8 +638,7 @@ def main(args):
 
     student_path = (args.student_path
                     or f"checkpoints/{env_id}/distilled_{args.capacity or 'medium'}.pt")
-    student, agent = load_checkpoint(student_path, env_id, num_actions, made_by)
-    check_capacity(student_path, student, args.capacity)
+    student, agent = load_checkpoint(student_path, env_id, num_actions, made_by, args.capacity)
     args.capacity = student["capacity"]
     save_path = args.save_path or f"checkpoints/{env_id}/finetuned_{args.capacity}.pt"
     check_output(save_path, args.overwrite or args.resume)
@@ -773,8 +764,9 @@ def main(args):
 
         losses = torch.stack(statistics).mean(0).tolist()
         if not all(map(math.isfinite, losses)):
-            raise UsageError(f"step {global_step:,}: training diverged, the losses are {losses}; "
-                             f"{save_path} stays as last saved; lower --learning-rate")
+            bar.close()
+            raise UsageError(f"training diverged at step {global_step:,}, its losses are {losses}; "
+                             f"the last save is of step {last_saved:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
         unexplained = (returns - values).var() / returns.var()

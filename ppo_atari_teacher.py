@@ -264,7 +264,7 @@ def check_output(path, overwrite):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
 
 
-def load_checkpoint(path, env_id, num_actions, made_by):
+def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
     Args:
@@ -272,6 +272,7 @@ def load_checkpoint(path, env_id, num_actions, made_by):
         env_id: canonical id of the game that it must belong to.
         num_actions: size of that game's action set.
         made_by: command that makes such a file, for the messages.
+        capacity: size that the network must have, if any.
 
     Returns:
         The checkpoint, a dict whose tensors are on the CPU, and its Agent.
@@ -300,6 +301,9 @@ def load_checkpoint(path, env_id, num_actions, made_by):
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
+    if capacity not in (None, checkpoint["capacity"]):
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
+                         "leave out --capacity")
     try:
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
@@ -602,9 +606,9 @@ def main(args):
     made_by = f"python ppo_atari_teacher.py --env-id {env_id} --capacity {args.capacity}"
 
     if args.eval_only is not None:
-        checkpoint, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
+        saved, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
         path = f"runs/{new_run(env_id, args)}/eval.json"
-        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity")}
+        identity = {name: saved[name] for name in ("env_id", "phase", "capacity")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
                  identity | {"checkpoint": args.eval_only}, path)
         print(f"wrote       {path}")
@@ -722,8 +726,9 @@ def main(args):
 
         losses = torch.stack(statistics).mean(0).tolist()
         if not all(map(math.isfinite, losses)):
-            raise UsageError(f"step {global_step:,}: training diverged, the losses are {losses}; "
-                             f"{save_path} stays as last saved; lower --learning-rate")
+            bar.close()
+            raise UsageError(f"training diverged at step {global_step:,}, its losses are {losses}; "
+                             f"the last save is of step {last_saved:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
         unexplained = (returns - values).var() / returns.var()

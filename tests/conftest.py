@@ -1,0 +1,55 @@
+"""What the tests share: the scripts on the import path, a way to run them, and one real chain."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("ppo_atari_teacher.py", "collect_buffer.py", "actor_distill.py", "finetune_student.py")
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(folder, script, *flags):
+    """Run a script in `folder` with flags given as words; W&B stays offline."""
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder,
+                          env=environment, capture_output=True, text=True, timeout=300)
+
+
+SMALL_PPO = ("--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 "
+             "--total-timesteps 512 --eval-steps 100").split()
+PHASES = {
+    "ppo_atari_teacher.py": [*SMALL_PPO, "--track"],
+    "collect_buffer.py": "--num-envs 4 --num-samples 4001 --track".split(),
+    "actor_distill.py": "--num-envs 4 --epochs 2 --eval-steps 100 --track".split(),
+    "finetune_student.py": [*SMALL_PPO, "--track"],
+}
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The four scripts run one after another on Pong by their default paths: folder and outputs."""
+    folder = tmp_path_factory.mktemp("chain")
+    outputs = {}
+    for script, flags in PHASES.items():
+        outputs[script] = run_script(folder, script, *flags)
+        assert outputs[script].returncode == 0, outputs[script].stderr
+    return folder, outputs
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+def opinionated_agent(agent_class, capacity, num_actions):
+    """A fresh network whose policy is far from uniform, unlike the small initial policy head's."""
+    agent = agent_class(capacity, num_actions)
+    with torch.no_grad():
+        agent.actor.weight.mul_(300)
+    return agent.to(memory_format=torch.channels_last)

@@ -1,0 +1,169 @@
+"""The replay buffer against what the environment gave and what the teacher computed."""
+
+import json
+
+import collect_buffer as collect
+import numpy as np
+import pytest
+import torch
+from conftest import opinionated_agent
+
+
+class Recorder:
+    """An AtariVectorEnv that keeps a copy of all that passes through it."""
+
+    def __init__(self, envs):
+        self.envs, self.log = envs, []
+        self.num_envs, self.single_action_space = envs.num_envs, envs.single_action_space
+
+    def reset(self, seed):
+        self.obs, info = self.envs.reset(seed=seed)
+        return self.obs.copy(), info
+
+    def send(self, action):
+        self.action = action.copy()
+        self.envs.send(action)
+
+    def recv(self):
+        obs, reward, terminated, truncated, info = self.envs.recv()
+        self.log.append((self.obs, self.action, reward.copy(), terminated | truncated))
+        self.obs = obs.copy()
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.fixture(scope="module")
+def recording():
+    """Breakout, 7 games at once, 2,403 steps, recorded both ways: (arrays, log, agent, ends)."""
+    torch.manual_seed(0)
+    envs = Recorder(collect.make_envs("breakout", 7, False, 0.0))
+    agent = opinionated_agent(collect.Agent, "low", 4)
+    with torch.no_grad():
+        agent.actor.bias[1] = 2  # press FIRE often, so that games end
+    ends = []
+    arrays = collect.collect(agent, envs, 2403, 5, False, lambda *end: ends.append(end))
+    return arrays, envs.log, agent, ends
+
+
+def samples(log, num_samples=2403, num_envs=7):
+    """(sample, slot, step) in the buffer's order: slot after slot, the first ones a step longer."""
+    i = 0
+    for e in range(num_envs):
+        for t in range(num_samples // num_envs + (e < num_samples % num_envs)):
+            yield i, e, t
+            i += 1
+
+
+def test_observations_are_rebuilt_byte_for_byte(recording):
+    arrays, log, _, _ = recording
+    assert not arrays["frames"][0].any()
+    assert len(arrays["frames"]) == 2404, "each frame is stored once"
+    assert sum(done[e] for _, _, _, done in log for e in range(7)) > 7, "games ended in between"
+    for i, e, t in samples(log):
+        rebuilt = arrays["frames"][arrays["stack_index"][i]]
+        assert rebuilt.tobytes() == log[t][0][e].tobytes(), f"sample {i}"
+
+
+def test_steps_are_recorded_as_played(recording):
+    arrays, log, _, _ = recording
+    for i, e, t in samples(log):
+        assert arrays["env_index"][i] == e
+        assert arrays["actions"][i] == log[t][1][e]
+        assert arrays["rewards"][i] == log[t][2][e]
+        assert arrays["dones"][i] == log[t][3][e]
+
+
+def test_episodes_are_whole_games(recording):
+    arrays, log, _, ends = recording
+    returns, episode, total, open_game, seen = [], [], 0.0, False, []
+    previous = None
+    for i, e, t in samples(log):
+        if e != previous or not open_game:
+            if open_game:
+                returns.append(np.nan)
+            total, previous, open_game = 0.0, e, True
+            seen.append(i)
+        episode.append(len(seen) - 1)
+        total += log[t][2][e]
+        if log[t][3][e]:
+            returns.append(total)
+            open_game = False
+    if open_game:
+        returns.append(np.nan)
+    np.testing.assert_array_equal(arrays["episode_index"], episode)
+    np.testing.assert_array_equal(arrays["episode_returns"], np.float32(returns))
+    assert np.isnan(returns).any() and not np.isnan(returns).all()
+    finished = sorted(r for r in returns if not np.isnan(r))
+    assert sorted(total for _, total, _ in ends) == finished
+
+
+def test_stored_outputs_are_the_teachers_on_the_rebuilt_observations(recording):
+    arrays, _, agent, _ = recording
+    obs = torch.from_numpy(arrays["frames"][arrays["stack_index"]])
+    with torch.no_grad():
+        outputs = [agent(chunk) for chunk in obs.split(256)]
+    logits, values = (torch.cat(x) for x in zip(*outputs))
+    assert logits.softmax(-1).max() > 0.6, "the policy has opinions"
+    np.testing.assert_allclose(arrays["action_probs"], logits.softmax(-1), atol=1e-5)
+    np.testing.assert_allclose(arrays["values"], values, atol=1e-4)
+
+
+def test_actions_are_drawn_from_the_stored_probabilities(recording):
+    arrays = recording[0]
+    expected = arrays["action_probs"].sum(0)
+    counts = np.bincount(arrays["actions"], minlength=4)
+    spread = np.sqrt((arrays["action_probs"] * (1 - arrays["action_probs"])).sum(0))
+    assert (abs(counts - expected) < 5 * spread).all()
+
+
+def test_greedy_takes_the_most_probable_action():
+    agent = opinionated_agent(collect.Agent, "low", 6)
+    envs = collect.make_envs("pong", 2, False, 0.0)
+    arrays = collect.collect(agent, envs, 40, 1, True, lambda *end: None)
+    np.testing.assert_array_equal(arrays["actions"], arrays["action_probs"].argmax(1))
+
+
+def test_fewer_samples_than_games():
+    envs = collect.make_envs("pong", 4, False, 0.0)
+    arrays = collect.collect(collect.Agent("low", 6), envs, 3, 1, False, lambda *end: None)
+    assert arrays["env_index"].tolist() == [0, 1, 2] == arrays["episode_index"].tolist()
+    assert np.isnan(arrays["episode_returns"]).tolist() == [True] * 3
+
+
+def test_seeds_give_different_games_and_the_same_seed_the_same():
+    def play(seed):
+        torch.manual_seed(0)
+        agent = collect.Agent("low", 6)
+        envs = collect.make_envs("pong", 4, False, 0.0)
+        return collect.collect(agent, envs, 200, seed, False, lambda *end: None)
+
+    first, again, other = play(1), play(1), play(2)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    assert (first["actions"] != other["actions"]).any()
+    seeds = [set(collect.game_seeds(16, seed, purpose)) for seed in (1, 2) for purpose in (1, 2, 3)]
+    assert len(set.union(*seeds)) == 6 * 16
+    assert all(0 <= seed < 2**31 for seed in set.union(*seeds))
+
+
+def test_file_holds_the_documented_arrays(chain):
+    folder, _ = chain
+    path = folder / "buffers" / "PongNoFrameskip-v4.npz"
+    with np.load(path) as buffer:
+        arrays = {name: buffer[name] for name in buffer}
+    n, episodes = 4001, arrays["episode_index"].max() + 1
+    documented = {
+        "frames": ("uint8", (n + 1, 84, 84)), "stack_index": ("int32", (n, 4)),
+        "action_probs": ("float32", (n, 6)), "values": ("float32", (n,)),
+        "actions": ("uint8", (n,)), "rewards": ("float32", (n,)), "dones": ("bool", (n,)),
+        "env_index": ("int32", (n,)), "episode_index": ("int32", (n,)),
+        "episode_returns": ("float32", (episodes,))}
+    meta = json.loads(str(arrays.pop("meta")))
+    assert {name: (x.dtype.name, x.shape) for name, x in arrays.items()} == documented
+    assert meta["env_id"] == "PongNoFrameskip-v4" and meta["format_version"] == 1
+    assert meta["action_meanings"][:2] == ["NOOP", "FIRE"]
+    assert meta["teacher"]["path"] == "checkpoints/PongNoFrameskip-v4/ppo_high.pt"
+    assert len(meta["teacher"]["sha256"]) == 64 and meta["teacher"]["evaluation"]["episodes"] >= 4
+    assert {"steps", "capacity", "seed", "versions", "preprocessing"} <= meta.keys()
+    assert path.stat().st_size / n < 150, "bytes a frame on disk"
+    at_full_size = sum(x.nbytes for x in arrays.values()) / n * 540_000
+    assert at_full_size < 4e9, "memory for the default number of samples"

@@ -1,0 +1,207 @@
+"""The four scripts as a user runs them: chained by default paths, tracked, resumed, evaluated."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHASES, SCRIPTS, SMALL_PPO, run_script
+from test_ppo import tensorboard_scalars
+
+GAME = "PongNoFrameskip-v4"
+FILES = {"ppo_atari_teacher.py": f"checkpoints/{GAME}/ppo_high.pt",
+         "collect_buffer.py": f"buffers/{GAME}.npz",
+         "actor_distill.py": f"checkpoints/{GAME}/distilled_medium.pt",
+         "finetune_student.py": f"checkpoints/{GAME}/finetuned_medium.pt"}
+PPO_METRICS = {"charts/learning_rate", "charts/SPS", "losses/value_loss", "losses/policy_loss",
+               "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
+               "losses/explained_variance", "eval/mean", "eval/std", "eval/iqm"}
+METRICS = {"ppo_atari_teacher.py": PPO_METRICS, "finetune_student.py": PPO_METRICS,
+           "collect_buffer.py": {"charts/episodic_return", "charts/episodic_length", "charts/SPS"},
+           "actor_distill.py": {"losses/kl", "losses/value_loss", "validation/kl",
+                                "validation/agreement", "validation/entropy_gap",
+                                "validation/value_loss", "charts/epoch", "charts/SPS",
+                                "eval/mean", "eval/std", "eval/iqm"}}
+
+
+def run_folder(chain, script):
+    """The run folder that a script of the chain named."""
+    folder, outputs = chain
+    return folder / re.search(r"^run +(\S+) on ", outputs[script].stdout, re.M)[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_says_what_was_written_and_what_comes_next(chain, script):
+    folder, outputs = chain
+    assert (folder / FILES[script]).is_file()
+    lines = outputs[script].stdout.splitlines()
+    assert any(line.startswith("wrote") and FILES[script] in line for line in lines)
+    following = next(line for line in lines if line.startswith("next")).split()[2]
+    assert following == {**dict(zip(SCRIPTS, SCRIPTS[1:])), SCRIPTS[3]: SCRIPTS[3]}[script]
+    assert not list(folder.rglob("*.tmp")), "no temporary file is left behind"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tensorboard_holds_the_metrics(chain, script):
+    scalars = tensorboard_scalars(run_folder(chain, script))
+    optional = {"charts/episodic_return", "charts/episodic_length"}  # no game may have ended yet
+    assert METRICS[script] <= scalars.keys() <= METRICS[script] | optional
+    for tag, points in scalars.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(steps), f"{tag}: the step never goes back"
+        assert np.isfinite([value for _, value in points]).all()
+
+
+def test_ppo_logs_every_iteration(chain):
+    scalars = tensorboard_scalars(run_folder(chain, "ppo_atari_teacher.py"))
+    assert scalars["charts/learning_rate"] == [(256, pytest.approx(3e-4)),
+                                               (512, pytest.approx(1.5e-4))]
+    assert all(0 < value < np.log(6) + 1e-3 for _, value in scalars["losses/entropy"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wandb_offline_mirrors_the_run(chain, script):
+    """W&B's own file holds the run's name, its group and each metric's name."""
+    files = list((chain[0] / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == len(SCRIPTS), "one W&B run a script"
+    name = run_folder(chain, script).name.encode()
+    (content,) = [text for text in (file.read_bytes() for file in files) if name in text]
+    assert GAME.encode() in content and b"global_step" in content
+    for metric in METRICS[script]:
+        assert metric.encode() in content, metric
+
+
+@pytest.mark.parametrize("script, file, phase", [
+    ("ppo_atari_teacher.py", "eval.json", "ppo"), ("actor_distill.py", "eval.json", "distilled"),
+    ("finetune_student.py", "eval_before.json", "distilled"),
+    ("finetune_student.py", "eval.json", "finetuned")])
+def test_evaluation_file(chain, script, file, phase):
+    result = json.loads((run_folder(chain, script) / file).read_text())
+    returns = result["returns"]
+    assert (result["env_id"], result["phase"], result["seed"]) == (GAME, phase, 1)
+    assert result["capacity"] == ("high" if phase == "ppo" else "medium")
+    assert (chain[0] / result["checkpoint"]).is_file() and result["eval_steps"] == 100
+    assert result["steps"] == sum(result["lengths"]) >= 4 * 764  # no game of Pong is shorter
+    assert len(returns) == len(result["lengths"]) == result["episodes"] == 4
+    assert all(-21 <= x <= 21 and x == int(x) for x in returns)
+    assert result["mean"] == pytest.approx(np.mean(returns))
+    assert result["std"] == pytest.approx(np.std(returns)) and result["max"] == max(returns)
+    assert result["iqm"] == pytest.approx(np.mean(sorted(returns)[1:3]))
+    assert result["ci95"][0] <= result["mean"] <= result["ci95"][1]
+
+
+def test_checkpoints_hold_what_the_readme_says(chain):
+    common = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
+              "model", "args", "evaluation", "checkpoint", "run_name", "optimizer", "rng"}
+    extra = {"ppo_atari_teacher.py": set(),
+             "actor_distill.py": {"teacher", "epoch", "validation"},
+             "finetune_student.py": {"teacher", "evaluation_before"}}
+    for script, more in extra.items():
+        checkpoint = torch.load(chain[0] / FILES[script], weights_only=True)
+        assert checkpoint.keys() == common | more
+        assert checkpoint["num_actions"] == 6 and checkpoint["env_id"] == GAME
+        assert checkpoint["evaluation"]["episodes"] == 4
+    assert checkpoint["teacher"]["path"] == FILES["ppo_atari_teacher.py"]
+
+
+def test_last_lines_compare_student_and_teacher(chain):
+    _, outputs = chain
+    assert re.search(r"^student     mean -?\d+\.\d+, its teacher's -?\d+\.\d+: ",
+                     outputs["actor_distill.py"].stdout.splitlines()[-1])
+    assert re.search(r"^gain        mean \S+ before, \S+ after: [+-]\d",
+                     outputs["finetune_student.py"].stdout, re.M)
+
+
+def test_a_second_run_refuses_to_replace_the_first(chain):
+    folder, _ = chain
+    before = {file: (folder / file).read_bytes() for file in FILES.values()}
+    for script, file in FILES.items():
+        result = run_script(folder, script, *(x for x in PHASES[script] if x != "--track"))
+        assert result.returncode == 2 and "--overwrite" in result.stderr and file in result.stderr
+    assert before == {file: (folder / file).read_bytes() for file in FILES.values()}
+
+
+@pytest.mark.parametrize("script", ["ppo_atari_teacher.py", "finetune_student.py"])
+def test_resume_continues_step_optimiser_and_learning_rate(chain, script, tmp_path):
+    """2 iterations, then --resume to 5: everything counts on from where the file stood."""
+    folder, _ = chain
+    file = tmp_path / "resumed.pt"
+    flags = [*SMALL_PPO, "--save-path", file, "--eval-steps", 0]
+    first = run_script(folder, script, *flags, "--resume")
+    assert first.returncode == 0 and "starts anew" in first.stdout
+    saved = torch.load(file, weights_only=True)
+    second = run_script(folder, script, *flags, "--resume", "--total-timesteps", 1280)
+    assert second.returncode == 0, second.stderr
+    assert "at step 512" in second.stdout
+    resumed = torch.load(file, weights_only=True)
+    assert (saved["global_step"], resumed["global_step"]) == (512, 1280)
+    updates = [x["optimizer"]["state"][0]["step"].item() for x in (saved, resumed)]
+    assert updates == [2 * 2 * 4, 5 * 2 * 4]
+    assert resumed["run_name"] == saved["run_name"]
+    scalars = tensorboard_scalars(folder / "runs" / saved["run_name"])
+    expected = [3e-4, 1.5e-4, 3e-4 * 3 / 5, 3e-4 * 2 / 5, 3e-4 / 5]
+    assert scalars["charts/learning_rate"] == [
+        (256 * (i + 1), pytest.approx(rate)) for i, rate in enumerate(expected)]
+    changed = run_script(folder, script, *flags, "--resume", "--gamma", 0.9)
+    assert changed.returncode == 2 and "--gamma" in changed.stderr
+    done = run_script(folder, script, *flags, "--resume", "--total-timesteps", 1280)
+    assert done.returncode == 0
+    assert torch.load(file, weights_only=True)["global_step"] == 1280
+
+
+def test_resumed_training_starts_from_the_saved_weights(chain, tmp_path):
+    folder, _ = chain
+    flags = [*SMALL_PPO, "--save-path", tmp_path / "x.pt", "--eval-steps", 0]
+    run_script(folder, "ppo_atari_teacher.py", *flags)
+    before = torch.load(tmp_path / "x.pt", weights_only=True)["model"]
+    result = run_script(folder, "ppo_atari_teacher.py", *flags, "--resume", "--learning-rate",
+                        "3e-4", "--total-timesteps", 768)
+    after = torch.load(tmp_path / "x.pt", weights_only=True)["model"]
+    assert result.returncode == 0
+    for name in before:  # 8 updates at a third of 3e-4 move no weight further than this
+        assert 0 < (after[name] - before[name]).abs().max() < 8 * 1.1e-4, name
+
+
+@pytest.mark.parametrize("script", ["ppo_atari_teacher.py", "actor_distill.py",
+                                    "finetune_student.py"])
+def test_eval_only_repeats_the_evaluation_and_leaves_the_file_alone(chain, script):
+    folder, _ = chain
+    file = folder / FILES[script]
+    before = file.read_bytes()
+    result = run_script(folder, script, "--eval-only", FILES[script], "--eval-steps", 100,
+                        "--num-envs", 4, "--exp-name", f"again-{script[:-3]}")
+    assert result.returncode == 0, result.stderr
+    assert file.read_bytes() == before
+    (path,) = (folder / "runs").glob(f"*again-{script[:-3]}*/eval.json")
+    again = json.loads(path.read_text())
+    assert again == json.loads((run_folder(chain, script) / "eval.json").read_text())
+
+
+def test_critic_warm_up_leaves_the_policy_bit_identical(chain, tmp_path):
+    folder, _ = chain
+    result = run_script(folder, "finetune_student.py", *SMALL_PPO, "--eval-steps", 0,
+                        "--critic-warmup-updates", 2, "--save-path", tmp_path / "warm.pt")
+    assert result.returncode == 0, result.stderr
+    before = torch.load(folder / FILES["actor_distill.py"], weights_only=True)["model"]
+    after = torch.load(tmp_path / "warm.pt", weights_only=True)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"critic.weight", "critic.bias"}
+
+
+def test_finetuning_starts_from_the_student(chain, tmp_path):
+    folder, _ = chain
+    before = torch.load(folder / FILES["actor_distill.py"], weights_only=True)["model"]
+    after = torch.load(folder / FILES["finetune_student.py"], weights_only=True)["model"]
+    for name in before:  # 16 updates of Adam at 3e-4 move no weight further than this
+        assert 0 < (after[name] - before[name]).abs().max() < 16 * 3.3e-4, name
+
+
+def test_other_ids_of_a_game_end_up_in_the_same_place(chain, tmp_path):
+    result = run_script(tmp_path, "ppo_atari_teacher.py", *SMALL_PPO, "--eval-steps", 0,
+                        "--env-id", "ALE/MsPacman-v5", "--capacity", "low")
+    assert result.returncode == 0, result.stderr
+    assert "--repeat-action-probability 0" in result.stdout
+    checkpoint = torch.load(tmp_path / "checkpoints/MsPacmanNoFrameskip-v4/ppo_low.pt",
+                            weights_only=True)
+    assert checkpoint["env_id"] == "MsPacmanNoFrameskip-v4" and checkpoint["num_actions"] == 9

@@ -1,0 +1,52 @@
+"""The network against the paper's counts, CleanRL's names, and a plain forward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ppo_atari_teacher import Agent, sample_actions
+
+
+@pytest.mark.parametrize("capacity, weights",
+                         [("high", 1_683_456), ("medium", 422_912), ("low", 106_752)])
+def test_body_has_the_weights_of_table_2(capacity, weights):
+    network = Agent(capacity, 6).network
+    assert sum(p.numel() for name, p in network.named_parameters() if "weight" in name) == weights
+
+
+def test_state_dict_has_cleanrls_names():
+    layers = ("network.0", "network.2", "network.4", "network.7", "actor", "critic")
+    names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert set(Agent("low", 4).state_dict()) == names
+
+
+@pytest.mark.parametrize("capacity", ["high", "medium", "low"])
+def test_forward_equals_plain_convolutions(capacity):
+    agent = Agent(capacity, 9).to(memory_format=torch.channels_last)
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    w = {name: p.contiguous() for name, p in agent.state_dict().items()}
+    x = obs.float() / 255
+    for layer, stride in ((0, 4), (2, 2), (4, 1)):
+        x = F.relu(F.conv2d(x, w[f"network.{layer}.weight"], w[f"network.{layer}.bias"], stride))
+    x = F.relu(x.flatten(1) @ w["network.7.weight"].T + w["network.7.bias"])
+    logits, values = agent(obs)
+    assert values.shape == (5,)
+    torch.testing.assert_close(logits, x @ w["actor.weight"].T + w["actor.bias"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, (x @ w["critic.weight"].T + w["critic.bias"])[:, 0],
+                               atol=1e-5, rtol=0)
+
+
+def test_initial_weights_are_orthogonal_with_the_stated_gains():
+    agent = Agent("medium", 6)
+    for layer, gain in ((agent.network[0], 2**0.5), (agent.network[7], 2**0.5),
+                        (agent.actor, 0.01), (agent.critic, 1)):
+        rows = layer.weight.flatten(1)
+        torch.testing.assert_close(rows @ rows.T, gain**2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+        assert not layer.bias.any()
+
+
+def test_sampled_actions_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -2.0, 0.5])
+    draws = sample_actions(logits.expand(200_000, 4), torch.Generator().manual_seed(7))
+    shares = torch.bincount(draws, minlength=4) / len(draws)
+    # five standard errors of a share of 0.5 among 200,000 draws are 0.0056
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.0056, rtol=0)
