@@ -58,7 +58,7 @@ class Args:
     capacity: Literal["high", "medium", "low"] | None = None
     """size of the student, Table 2; default medium, with --eval-only the checkpoint's"""
     buffer_path: str | None = None
-    """buffer to learn from; default `buffers/{env_id}.npz`"""
+    """buffer to learn from; default `buffers/{env_id}.npz`, or the shipped one of that game"""
     save_path: str | None = None
     """checkpoint to write; default `checkpoints/{env_id}/distilled_{capacity}.pt`"""
     overwrite: bool = False
@@ -243,6 +243,20 @@ def check_output(path, overwrite):
         path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
+
+
+def default_path(path, shipped):
+    """`path`, or if nothing is there, the file of `pretrained/` that serves in its place, if any.
+
+    Args:
+        path: where a script of this project would have written the file.
+        shipped: name of the file in the folder `pretrained/` beside this script.
+    """
+    shipped = Path(__file__).resolve().parent / "pretrained" / shipped
+    if Path(path).exists() or not shipped.exists():
+        return path
+    print(f"pretrained  {os.path.relpath(shipped)} serves as {path}, which is not there")
+    return os.path.relpath(shipped)
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -645,7 +659,8 @@ def main(args):
         return
 
     args.capacity = args.capacity or "medium"
-    buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
+    buffer_path = args.buffer_path or default_path(
+        f"buffers/{env_id}.npz", f"{env_id}/buffer.npz")
     save_path = args.save_path or f"checkpoints/{env_id}/distilled_{args.capacity}.pt"
     buffer = load_buffer(buffer_path, env_id, action_meanings,
                          f"python collect_buffer.py --env-id {env_id}")

@@ -58,7 +58,7 @@ class Args:
     wandb_entity: str | None = None
     """W&B entity (user or team); without it, the login's default"""
     teacher_path: str | None = None
-    """checkpoint of the teacher; default `checkpoints/{env_id}/ppo_high.pt`"""
+    """checkpoint of the teacher; default `checkpoints/{env_id}/ppo_high.pt`, or the shipped one"""
     buffer_path: str | None = None
     """buffer to write; default `buffers/{env_id}.npz`"""
     overwrite: bool = False
@@ -224,6 +224,20 @@ def check_output(path, overwrite):
         path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: its folder cannot be written; name another path")
+
+
+def default_path(path, shipped):
+    """`path`, or if nothing is there, the file of `pretrained/` that serves in its place, if any.
+
+    Args:
+        path: where a script of this project would have written the file.
+        shipped: name of the file in the folder `pretrained/` beside this script.
+    """
+    shipped = Path(__file__).resolve().parent / "pretrained" / shipped
+    if Path(path).exists() or not shipped.exists():
+        return path
+    print(f"pretrained  {os.path.relpath(shipped)} serves as {path}, which is not there")
+    return os.path.relpath(shipped)
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -449,7 +463,8 @@ def main(args):
               f"--repeat-action-probability {args.repeat_action_probability:g}")
     device = set_up_torch(args)
     envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    teacher_path = args.teacher_path or f"checkpoints/{env_id}/ppo_high.pt"
+    teacher_path = args.teacher_path or default_path(
+        f"checkpoints/{env_id}/ppo_high.pt", f"{env_id}/ppo_high.pt")
     buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
     checkpoint, agent = load_checkpoint(teacher_path, env_id, int(envs.single_action_space.n),
                                         f"python ppo_atari_teacher.py --env-id {env_id}")

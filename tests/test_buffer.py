@@ -72,6 +72,15 @@ def test_steps_are_recorded_as_played(recording):
         assert arrays["dones"][i] == log[t][3][e]
 
 
+def test_rewards_are_raw():
+    envs = Recorder(collect.make_envs("up_n_down", 3, False, 0.0))
+    arrays = collect.collect(collect.Agent("low", envs.single_action_space.n), envs, 300, 1, False,
+                             lambda *end: None)
+    for i, e, t in samples(envs.log, 300, 3):
+        assert arrays["rewards"][i] == envs.log[t][2][e]
+    assert arrays["rewards"].max() >= 10
+
+
 def test_episodes_are_whole_games(recording):
     arrays, log, _, ends = recording
     returns, episode, total, open_game, seen = [], [], 0.0, False, []

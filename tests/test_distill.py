@@ -162,7 +162,7 @@ def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
 
 def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=0.01,
+    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3,
                         early_stop_patience=1)
     assert student["epoch"] < 40
     kept = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("kept"))
@@ -176,6 +176,7 @@ def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch
         kl = distill.kl_divergence(torch.from_numpy(buffer["action_probs"][rows]),
                                    agent(obs)[0]).mean()
     assert f"epoch {student['epoch'] - 1}, held-out KL {kl:.4f}" in kept
+    assert student["validation"]["validation/kl"] > kl + 1e-4, "the last epoch was a worse one"
 
 
 def test_share_of_teacher():

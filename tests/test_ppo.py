@@ -8,7 +8,6 @@ import ppo_atari_teacher as teacher
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
-from conftest import opinionated_agent
 from gymnasium.vector import AutoresetMode
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -105,7 +104,7 @@ def test_update_bounds_the_gradient():
     teacher.ppo_update(agent, optimizer, obs, actions, logprobs, 1e4 * advantages, returns, values,
                        **COEFFICIENTS)
     moved = [a - b for a, b in zip(agent.parameters(), before.parameters())]
-    assert math.isclose(torch.cat([x.flatten() for x in moved]).norm(), 0.5, rel_tol=1e-3)
+    assert math.isclose(torch.cat([x.flatten() for x in moved]).norm().item(), 0.5, rel_tol=1e-3)
 
 
 def test_frozen_body_leaves_the_policy_bit_identical():
@@ -198,14 +197,54 @@ def test_truncation_bootstraps_and_nothing_else_does(tmp_path, monkeypatch):
     rewards, values, ends, bootstraps, last_values = (x.numpy() for x in seen[0][:5])
     assert set(np.unique(rewards)) <= {-1.0, 0.0, 1.0}
     for e in range(8):
-        cut = np.flatnonzero(bootstraps[:, e])
+        cut = np.flatnonzero(bootstraps[:, e])  # no value is exactly 0
         lost = np.flatnonzero(ends[:, e] * (bootstraps[:, e] == 0))
-        assert set(cut) <= {49, 99, 149}, "games are cut off after each 50 steps, unless a life is lost then"
+        # a life that is lost on the very step of the cut reports `terminated` alone
+        assert set(cut) <= {49, 99, 149}
         assert len(cut) + np.isin([49, 99, 149], lost).sum() == 3
         assert ends[cut, e].all()
         # the final observation of a cut game looks like the one before it, and so does its value
         assert np.abs(bootstraps[cut, e] - values[cut, e]).max() < 0.2
     assert ends.sum() > 24, "lost lives end episodes too"
+
+
+def test_every_pass_sees_the_whole_rollout_once(tmp_path, monkeypatch):
+    """What training hands to the update: every sample once a pass, its parts still together."""
+    monkeypatch.chdir(tmp_path)
+    minibatches, agents, rollouts = [], [], []
+
+    def update(agent, optimizer, *batch, **coefficients):
+        agents.append(agent)
+        minibatches.append(batch)
+        return torch.zeros(6)
+
+    plain_gae = teacher.gae
+    monkeypatch.setattr(teacher, "ppo_update", update)
+    monkeypatch.setattr(teacher, "gae", lambda *inputs: (rollouts.append(inputs),
+                                                         plain_gae(*inputs))[1])
+    teacher.main(teacher.Args(env_id="UpNDownNoFrameskip-v4", num_envs=4, num_steps=40,
+                              total_timesteps=160, num_minibatches=8, update_epochs=3,
+                              capacity="low", eval_steps=0, cuda=False))
+    assert len(minibatches) == 24 and all(len(x) == 20 for batch in minibatches for x in batch)
+    rewards = rollouts[0][0]
+    assert set(rewards.unique().tolist()) == {0.0, 1.0}, "this game's rewards are 10 and more"
+    advantages = plain_gae(*rollouts[0])
+    returns = advantages + rollouts[0][1]
+    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
+    for epoch in range(3):
+        obs, actions, logprobs, advs, rets, values = (
+            torch.cat(x) for x in zip(*minibatches[8 * epoch:8 * epoch + 8]))
+        torch.testing.assert_close(advs.sort()[0], normalised.flatten().sort()[0])
+        torch.testing.assert_close(rets.sort()[0], returns.flatten().sort()[0])
+        with torch.no_grad():
+            logits, found = agents[0](obs)
+        torch.testing.assert_close(values, found, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            logprobs, logits.log_softmax(-1)[range(160), actions], atol=1e-5, rtol=0)
+        pairs = {(a, b) for a, b in zip(normalised.flatten().tolist(), returns.flatten().tolist())}
+        assert {(a, b) for a, b in zip(advs.tolist(), rets.tolist())} == pairs
+    orders = [torch.cat([batch[4] for batch in minibatches[8 * i:8 * i + 8]]) for i in range(3)]
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
 
 
 def test_ppo_learns_up_n_down(tmp_path, monkeypatch):

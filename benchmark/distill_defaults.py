@@ -1,0 +1,142 @@
+"""Which batch size, learning rate, optimiser and schedule should `actor_distill.py` default to?
+
+    python benchmark/distill_defaults.py                # the shipped Pong buffer, medium students
+
+Fits one student per setting to the same buffer, each for the same wall time of training, and writes
+the held-out KL that it reaches. The students take turns of one second, so that a machine that slows
+down slows all of them; validation is not counted. The learning rate of a decaying schedule falls
+with the share of the time that is used up.
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import actor_distill as distill  # noqa: E402
+
+
+@dataclass
+class Args:
+    buffer_path: str = "pretrained/PongNoFrameskip-v4/buffer.npz"
+    """buffer to learn from"""
+    env_id: str = "PongNoFrameskip-v4"
+    """its game"""
+    capacity: str = "medium"
+    """size of the students"""
+    seconds: float = 60.0
+    """wall time of training for each setting"""
+    seed: int = 1
+    """seed of the weights, the held-out share and the shuffles"""
+    output: str = "benchmark/results/distill_defaults.json"
+    """file to write; a table goes beside it, as `.md`"""
+
+
+ADAM = [("Adam", batch, rate, "constant") for batch in (32, 64, 128, 256)
+        for rate in (3e-4, 1e-3, 2e-3, 4e-3)]
+OTHERS = [("Adam", 64, 1e-3, "linear"), ("Adam", 64, 2e-3, "linear"), ("Adam", 128, 2e-3, "linear"),
+          ("Adam", 64, 1e-3, "cosine"), ("AdamW", 64, 1e-3, "constant"),
+          ("RMSprop", 64, 1e-3, "constant"), ("SGD", 64, 0.03, "constant")]
+OPTIMIZERS = {
+    "Adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
+    "AdamW": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),
+    "RMSprop": lambda parameters, rate: torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=1e-5),
+    "SGD": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9),
+}
+SCHEDULES = {"constant": lambda used: 1.0, "linear": lambda used: 1 - used,
+             "cosine": lambda used: (1 + math.cos(math.pi * used)) / 2}
+
+
+class Student:
+    """One setting: a network, its optimiser, its shuffled stream of samples and its clock."""
+
+    def __init__(self, setting, num_actions, train_rows, args):
+        self.setting, self.train_rows, self.args = setting, train_rows, args
+        name, self.batch_size, self.rate, self.schedule = setting
+        torch.manual_seed(args.seed)
+        self.agent = distill.Agent(args.capacity, num_actions).to(
+            memory_format=torch.channels_last)
+        self.optimizer = OPTIMIZERS[name](self.agent.parameters(), self.rate)
+        self.seconds, self.samples = 0.0, 0
+        self.batches = self.stream()
+
+    def stream(self):
+        epoch = 0
+        while True:
+            epoch += 1
+            order = np.random.default_rng((self.args.seed, 5, epoch)).permutation(self.train_rows)
+            yield from torch.from_numpy(order).split(self.batch_size)
+
+    def train(self, get_batch, turn):
+        """Train for `turn` seconds."""
+        start = now = time.perf_counter()
+        while now - start < turn:
+            used = min(1.0, (self.seconds + now - start) / self.args.seconds)
+            self.optimizer.param_groups[0]["lr"] = self.rate * SCHEDULES[self.schedule](used)
+            rows = next(self.batches)
+            distill.distill_update(self.agent, self.optimizer, *get_batch(rows), 0.0)
+            self.samples += len(rows)
+            now = time.perf_counter()
+        self.seconds += now - start
+
+
+def main(args):
+    env_id, rom = distill.resolve_game(args.env_id)
+    envs = distill.make_envs(rom, 1, False, 0.0)
+    meanings = [action.name for action in envs.ale.get_action_set()]
+    buffer = distill.load_buffer(args.buffer_path, env_id, meanings, "python collect_buffer.py")
+    frames, stack_index, probs, values = (
+        torch.from_numpy(buffer[name])
+        for name in ("frames", "stack_index", "action_probs", "values"))
+    train_rows, held_out = distill.split_episodes(buffer["episode_index"], 0.05, args.seed)
+
+    def get_batch(rows):
+        obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
+        return obs, probs[rows], values[rows]
+
+    students = [Student(x, len(meanings), train_rows, args) for x in ADAM + OTHERS]
+    students[0].train(get_batch, 2.0)  # warm-up, forgotten at once
+    students[0] = Student(students[0].setting, len(meanings), train_rows, args)
+    while any(student.seconds < args.seconds for student in students):
+        for student in students:
+            if student.seconds < args.seconds:
+                student.train(get_batch, min(1.0, args.seconds - student.seconds))
+        print(f"\r{students[-1].seconds:.0f} of {args.seconds:.0f} s for each of {len(students)} "
+              "settings", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    rows = []
+    for student in students:
+        found = distill.validate(student.agent, get_batch, torch.from_numpy(held_out))
+        name, batch_size, rate, schedule = student.setting
+        rows.append({"optimizer": name, "batch_size": batch_size, "learning_rate": rate,
+                     "schedule": schedule, "seconds": student.seconds, "samples": student.samples,
+                     "epochs": student.samples / len(train_rows), **found})
+    uniform = distill.kl_divergence(probs[held_out], torch.zeros(len(held_out), len(meanings)))
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": f"{platform.processor()} "
+              f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+              "command": "python benchmark/distill_defaults.py", "capacity": args.capacity,
+              "uniform_kl": uniform.mean().item(), "held_out": len(held_out), "runs": rows}
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1))
+    lines = ["| optimiser | batch | learning rate | schedule | epochs | held-out KL | agreement |",
+             "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["validation/kl"]):
+        lines.append(f"| {row['optimizer']} | {row['batch_size']} | {row['learning_rate']:g} | "
+                     f"{row['schedule']} | {row['epochs']:.1f} | {row['validation/kl']:.4f} | "
+                     f"{row['validation/agreement']:.1%} |")
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

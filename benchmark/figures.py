@@ -1,0 +1,82 @@
+"""Draw the README's pictures from the files that the runs wrote. Needs matplotlib.
+
+    python benchmark/figures.py
+
+Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/`, the
+teacher's run folder, and `distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    env_id: str = "PongNoFrameskip-v4"
+    """game whose results are drawn"""
+    results: str = "benchmark/results"
+    """folder of the results"""
+    figures: str = "benchmark/figures"
+    """folder to write to"""
+
+
+def scalar(folder, tag):
+    """Steps and values of one TensorBoard tag in a run folder, as two arrays."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars(tag)
+    return np.array([x.step for x in events]), np.array([x.value for x in events])
+
+
+def learning_curve(folder, path):
+    """Every full game's return over the teacher's training, and the mean of the last 100."""
+    steps, returns = scalar(folder, "charts/episodic_return")
+    window = min(100, len(returns))
+    means = np.convolve(returns, np.ones(window) / window, "valid")
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot(steps, returns, ".", markersize=2, color="0.75", label="one game")
+    axes.plot(steps[window - 1:], means, color="C3", label=f"mean of the last {window} games")
+    result = json.loads((folder / "eval.json").read_text())
+    axes.axhline(result["mean"], linestyle="--", linewidth=1, color="k",
+                 label=f"evaluation, {result['episodes']} games: {result['mean']:.2f}")
+    axes.set(xlabel="environment steps", ylabel="raw return of a full game",
+             title=f"{result['env_id']}: PPO teacher, one seed")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    return result
+
+
+def epochs_figure(folder, teacher, path):
+    """Held-out KL and score over the epochs of distillation: the shape of the paper's Fig. 3."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for capacity, color in (("medium", "C4"), ("low", "C0")):
+        runs = sorted(folder.glob(f"distill_{capacity}_*"), key=lambda x: int(x.name.split("_")[2]))
+        epochs = [int(run.name.split("_")[2]) for run in runs]
+        results = [json.loads((run / "eval.json").read_text()) for run in runs]
+        means = np.array([result["mean"] for result in results])
+        low, high = np.array([result["ci95"] for result in results]).T
+        left.plot(epochs, [scalar(run, "validation/kl")[1][-1] for run in runs], "o-", color=color,
+                  label=capacity)
+        right.errorbar(epochs, means, yerr=(means - low, high - means), fmt="o-", capsize=3,
+                       color=color, label=f"{capacity}, 95% interval of the mean")
+    left.set(xscale="log", yscale="log", xlabel="epochs", ylabel="held-out KL, nats")
+    right.axhline(teacher["mean"], linestyle="--", linewidth=1, color="k", label="teacher")
+    right.set(xscale="log", xlabel="epochs", ylabel="mean return")
+    for axes in (left, right):
+        axes.set_xticks(epochs, map(str, epochs))
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{teacher['env_id']}: a fresh student per point, one seed each", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    results, figures = Path(args.results, args.env_id), Path(args.figures)
+    figures.mkdir(parents=True, exist_ok=True)
+    teacher = learning_curve(results / "ppo_high", figures / f"{args.env_id}_teacher.png")
+    epochs_figure(results, teacher, figures / f"{args.env_id}_epochs.png")
