@@ -14,11 +14,11 @@ step of the buffer. `global_step` counts the samples seen.
 """
 
 import contextlib
+import copy
 import difflib
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
@@ -86,13 +86,16 @@ class Args:
     batch_size: int = 64
     """samples a gradient step; the last batch of an epoch may be smaller"""
     learning_rate: float = 1e-3
-    """Adam's learning rate"""
+    """Adam's learning rate at the start"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
     temperature: float = 1.0
     """divide the teacher's log-probabilities by this first (Eq. 2); below 1 sharpens, 1 is Eq. 3"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
     validation_fraction: float = 0.05
-    """share of the samples to hold out, in whole episodes, 0.001 to 0.5"""
+    """share of the samples to hold out, 0.001 to 0.5: whole episodes, or where they are too long
+    for that, the buffer's last stretch"""
     early_stop_patience: int = 0
     """stop after this many epochs without a lower held-out KL and keep the best epoch's weights;
     0 runs every epoch and keeps the last"""
@@ -127,13 +130,17 @@ def resolve_game(env_id):
     Raises:
         UsageError: for an unknown game, with the closest names.
     """
-    games = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
-    game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
-    if game not in games or env_id not in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5", f"{game}-v5"):
-        close = difflib.get_close_matches(game, games, cutoff=0.5) or ["Pong", "Breakout"]
-        names = ", ".join(f"{name}NoFrameskip-v4" for name in close)
-        raise UsageError(f"--env-id {env_id}: no such game; did you mean {names}?")
-    return f"{game}NoFrameskip-v4", games[game]
+    two_players = {"combat", "joust", "maze_craze", "warlords"}
+    games = {f"{rom.title().replace('_', '')}NoFrameskip-v4": rom
+             for rom in roms.get_all_rom_ids() if rom not in two_players}
+    canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
+    if canonical not in games:
+        close = ", ".join(difflib.get_close_matches(canonical, games, cutoff=0))
+        raise UsageError(f"--env-id {env_id}: no such game; the closest names are {close}")
+    if canonical != env_id:
+        print(f"game        {env_id} is {canonical} here; sticky actions stay at the value of "
+              "--repeat-action-probability")
+    return canonical, games[canonical]
 
 
 def preprocessing():
@@ -235,14 +242,17 @@ def check_output(path, overwrite):
         UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path}: exists already; pass --overwrite to replace it, or another path")
-    with contextlib.suppress(OSError):
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: its folder cannot be written; name another path")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
 def default_path(path, shipped):
@@ -288,11 +298,12 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
+            or not isinstance(checkpoint["args"], dict)
+            or not isinstance(checkpoint["global_step"], int)):
         raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
     if checkpoint["format_version"] != 1:
-        raise UsageError(f"{path}: has format version {checkpoint['format_version']}, and this "
-                         "script reads version 1; update the script")
+        raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
@@ -344,11 +355,9 @@ def play(agent, envs, eval_steps, seed, greedy):
             game_return += reward
             game_length += 1
             ended = terminated | truncated
-            for e in np.flatnonzero(ended & playing):
-                returns.append(float(game_return[e]))
-                lengths.append(int(game_length[e]))
-            game_return[ended] = 0
-            game_length[ended] = 0
+            returns += game_return[ended & playing].tolist()
+            lengths += game_length[ended & playing].tolist()
+            game_return[ended] = game_length[ended] = 0
             bar.total = max(eval_steps, bar.n + int(playing.sum()))
             bar.update(int(playing.sum()))
             if slot_step >= quota:
@@ -450,20 +459,15 @@ def new_run(env_id, args):
     """
     if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
         raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
-    stem = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name, copies = stem, 1
-    while True:
-        with contextlib.suppress(FileExistsError):
-            Path("runs", name).mkdir(parents=True)
-            return name
-        copies += 1
-        name = f"{stem}-{copies}"
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    while Path("runs", name).exists():
+        name += "-2"
+    Path("runs", name).mkdir(parents=True)
+    return name
 
 
 def set_up_torch(args):
-    """Seed every generator, set cuDNN's determinism, and return the device the flags ask for."""
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
@@ -493,6 +497,8 @@ def load_buffer(path, env_id, action_meanings, made_by):
     try:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(str(archive["meta"]))
+            if meta["teacher"]["evaluation"] is not None:
+                float(meta["teacher"]["evaluation"]["mean"])
             wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
                       "preprocessing": preprocessing()}
             different = [name for name in wanted if meta[name] != wanted[name]]
@@ -503,13 +509,15 @@ def load_buffer(path, env_id, action_meanings, made_by):
     for name in different:
         raise UsageError(f"{path}: its {name} is {meta[name]}, not {wanted[name]}; pass another "
                          f"--env-id or --buffer-path, or make it with `{made_by}`")
-    samples, actions = len(buffer["stack_index"]), len(action_meanings)
-    shapes = {"frames": (len(buffer["frames"]), 84, 84), "stack_index": (samples, 4),
-              "action_probs": (samples, actions), "values": (samples,), "episode_index": (samples,)}
+    frames, samples = buffer["frames"].shape[:1], buffer["stack_index"].shape[:1]
+    shapes = {"frames": (*frames, 84, 84), "stack_index": (*samples, 4), "values": samples,
+              "action_probs": (*samples, len(action_meanings)), "episode_index": samples}
     for name, dtype in names.items():
         if buffer[name].dtype != dtype or buffer[name].shape != shapes[name]:
             raise UsageError(f"{path}: array {name} is {buffer[name].dtype} {buffer[name].shape}, "
                              f"not {np.dtype(dtype)} {shapes[name]}; make it with `{made_by}`")
+    if samples[0] < 2:
+        raise UsageError(f"{path}: has too few samples to learn from; make it with `{made_by}`")
     index, probs = buffer["stack_index"], buffer["action_probs"]
     bad = {"stack_index": ((index < 0) | (index >= len(buffer["frames"]))).any(1),
            "action_probs": ~((probs >= 0).all(1) & (abs(probs.sum(1) - 1) < 1e-3)),
@@ -536,12 +544,12 @@ def split_episodes(episode_index, fraction, seed):
     Returns:
         Rows to train on and rows to hold out, int64, both ascending and neither empty for N > 1.
     """
-    wanted = max(1, round(fraction * len(episode_index)))
+    wanted = min(max(1, round(fraction * len(episode_index))), len(episode_index) - 1)
     lengths = np.bincount(episode_index)
     drawn = np.random.default_rng((seed, 4)).permutation(len(lengths))
     drawn = drawn[:np.searchsorted(np.cumsum(lengths[drawn]), wanted) + 1]
     held_out = np.isin(episode_index, drawn)
-    if held_out.sum() > 2 * wanted:
+    if held_out.sum() > 2 * wanted or held_out.all():
         held_out = np.arange(len(episode_index)) >= len(episode_index) - wanted
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -593,7 +601,8 @@ def validate(agent, get_batch, rows):
 
     Args:
         agent: the student.
-        get_batch: maps rows int64 [B] to (obs, target_probs, target_values).
+        get_batch: maps rows int64 [B] to (obs, target_probs, target_values); the targets are the
+            teacher's, softened by the temperature.
         rows: int64 [M], the held-out samples.
 
     Returns:
@@ -621,15 +630,20 @@ def share_of_teacher(result, teacher):
 
     Args:
         result: what `evaluate` returned for the policy, or None.
-        teacher: what it returned for the teacher, or None.
+        teacher: what the buffer or checkpoint says of the teacher, or None.
     """
-    if result is None or teacher is None:
-        who = "student" if result is None else "teacher"
-        return f"the {who} was not evaluated, so there is no share of the teacher's mean to give"
-    means = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
-    if teacher["mean"] <= 0:
-        return f"{means}: a share says nothing where the teacher's mean is not positive"
-    return f"{means}: {100 * result['mean'] / teacher['mean']:.1f}% of its teacher"
+    taught = teacher and teacher["evaluation"]
+    if result is None or taught is None:
+        return "no share of the teacher's mean, since not both were evaluated"
+    text = f"mean {result['mean']:.2f}, its teacher's {taught['mean']:.2f}: "
+    if min(result["mean"], taught["mean"]) <= 0:
+        text += "no share, since not both are positive"
+    else:
+        text += f"{100 * result['mean'] / taught['mean']:.1f}% of its teacher"
+    rules = ("greedy", "repeat_action_probability")
+    if any(result[rule] != taught.get(rule) for rule in rules):
+        text += f" (not comparable: {' or '.join(rules)} differs between the two evaluations)"
+    return text
 
 
 def main(args):
@@ -639,9 +653,6 @@ def main(args):
                 batch_size=(1, 10**6), learning_rate=(1e-12, 1e3), temperature=(1e-6, 1e6),
                 value_coef=(0, 1e6), validation_fraction=(0.001, 0.5),
                 early_stop_patience=(0, 10**6))
-    if args.env_id != env_id:
-        print(f"game        {args.env_id} is {env_id} here, with sticky actions at "
-              f"--repeat-action-probability {args.repeat_action_probability:g}")
     device = set_up_torch(args)
     envs = make_envs(rom, 1, False, args.repeat_action_probability)
     action_meanings = [action.name for action in envs.ale.get_action_set()]
@@ -696,14 +707,18 @@ def main(args):
     logger.log(validation, 0)
     print(f"epoch 0     held-out KL {validation['validation/kl']:.4f}, agreement "
           f"{validation['validation/agreement']:.1%}")
-    best_kl, best_epoch, best_weights = math.inf, 0, None
+    best_kl, best = math.inf, None
     start_time = time.time()
     bar = tqdm(total=args.epochs * len(train_rows), desc="distil", unit="sample",
                dynamic_ncols=True, mininterval=1)
     for epoch in range(1, args.epochs + 1):
         order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
         sums = torch.zeros(2, device=device)
-        for rows in torch.from_numpy(order).to(device).split(args.batch_size):
+        batches = torch.from_numpy(order).to(device).split(args.batch_size)
+        for i, rows in enumerate(batches):
+            if args.anneal_lr:
+                fraction_left = 1 - (epoch - 1 + i / len(batches)) / args.epochs
+                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
             sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef)
             bar.update(len(rows))
         global_step += len(train_rows)
@@ -715,21 +730,25 @@ def main(args):
         sps = global_step / (time.time() - start_time)
         validation = validate(agent, get_batch, held_out_rows)
         logger.log({"losses/kl": kl, "losses/value_loss": 0.5 * value_error, **validation,
+                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
                     "charts/epoch": epoch, "charts/SPS": sps}, global_step)
         held_out_kl = validation["validation/kl"]
         bar.set_postfix_str(f"epoch {epoch}, held-out KL {held_out_kl:.4f}", refresh=False)
-        if args.early_stop_patience and held_out_kl < best_kl:
-            best_kl, best_epoch = held_out_kl, epoch
-            best_weights = {name: x.clone() for name, x in agent.state_dict().items()}
-        if args.early_stop_patience and epoch - best_epoch >= args.early_stop_patience:
-            break
+        state = {"epoch": epoch, "global_step": global_step, "validation": validation,
+                 "model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        if args.early_stop_patience:
+            if held_out_kl < best_kl:
+                best_kl, best = held_out_kl, copy.deepcopy(state)
+            elif epoch - best["epoch"] >= args.early_stop_patience:
+                break
     bar.close()
     print(f"epoch {epoch:<5} held-out KL {held_out_kl:.4f}, agreement "
           f"{validation['validation/agreement']:.1%}, entropy gap "
           f"{validation['validation/entropy_gap']:+.4f}")
-    if best_weights is not None:
-        agent.load_state_dict(best_weights)
-        print(f"kept        the weights of epoch {best_epoch}, held-out KL {best_kl:.4f}")
+    if best is not None:
+        state = best
+        agent.load_state_dict(state["model"])
+        print(f"kept        the weights of epoch {state['epoch']}, held-out KL {best_kl:.4f}")
 
     identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
                 "checkpoint": save_path}
@@ -740,11 +759,9 @@ def main(args):
         rng = {"torch": torch.get_rng_state(),
                "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         with atomic_write(save_path) as file:
-            torch.save({"format_version": 1, **identity, "num_actions": len(action_meanings),
-                        "global_step": global_step, "model": agent.state_dict(),
-                        "args": vars(args), "evaluation": evaluation, "run_name": run_name,
-                        "optimizer": optimizer.state_dict(), "rng": rng, "teacher": teacher,
-                        "epoch": epoch, "validation": validation}, file)
+            torch.save({"format_version": 1, **identity, **state, "teacher": teacher,
+                        "num_actions": len(action_meanings), "args": vars(args),
+                        "evaluation": evaluation, "run_name": run_name, "rng": rng}, file)
 
     save(evaluation=None)
     result = None
@@ -757,13 +774,14 @@ def main(args):
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
     print("curves      tensorboard --logdir runs")
     print(f"next        python finetune_student.py --env-id {env_id} --student-path {save_path}")
-    print(f"student     {share_of_teacher(result, teacher['evaluation'])}")
+    print(f"student     {share_of_teacher(result, teacher)}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(tyro.cli(Args))
-    except UsageError as error:
+    except (UsageError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
@@ -108,13 +107,17 @@ def resolve_game(env_id):
     Raises:
         UsageError: for an unknown game, with the closest names.
     """
-    games = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
-    game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
-    if game not in games or env_id not in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5", f"{game}-v5"):
-        close = difflib.get_close_matches(game, games, cutoff=0.5) or ["Pong", "Breakout"]
-        names = ", ".join(f"{name}NoFrameskip-v4" for name in close)
-        raise UsageError(f"--env-id {env_id}: no such game; did you mean {names}?")
-    return f"{game}NoFrameskip-v4", games[game]
+    two_players = {"combat", "joust", "maze_craze", "warlords"}
+    games = {f"{rom.title().replace('_', '')}NoFrameskip-v4": rom
+             for rom in roms.get_all_rom_ids() if rom not in two_players}
+    canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
+    if canonical not in games:
+        close = ", ".join(difflib.get_close_matches(canonical, games, cutoff=0))
+        raise UsageError(f"--env-id {env_id}: no such game; the closest names are {close}")
+    if canonical != env_id:
+        print(f"game        {env_id} is {canonical} here; sticky actions stay at the value of "
+              "--repeat-action-probability")
+    return canonical, games[canonical]
 
 
 def preprocessing():
@@ -216,14 +219,17 @@ def check_output(path, overwrite):
         UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path}: exists already; pass --overwrite to replace it, or another path")
-    with contextlib.suppress(OSError):
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: its folder cannot be written; name another path")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
 def default_path(path, shipped):
@@ -269,11 +275,12 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
+            or not isinstance(checkpoint["args"], dict)
+            or not isinstance(checkpoint["global_step"], int)):
         raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
     if checkpoint["format_version"] != 1:
-        raise UsageError(f"{path}: has format version {checkpoint['format_version']}, and this "
-                         "script reads version 1; update the script")
+        raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
@@ -339,20 +346,15 @@ def new_run(env_id, args):
     """
     if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
         raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
-    stem = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name, copies = stem, 1
-    while True:
-        with contextlib.suppress(FileExistsError):
-            Path("runs", name).mkdir(parents=True)
-            return name
-        copies += 1
-        name = f"{stem}-{copies}"
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    while Path("runs", name).exists():
+        name += "-2"
+    Path("runs", name).mkdir(parents=True)
+    return name
 
 
 def set_up_torch(args):
-    """Seed every generator, set cuDNN's determinism, and return the device the flags ask for."""
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
@@ -395,6 +397,7 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
     obs, _ = envs.reset(seed=game_seeds(num_envs, seed, 2))
     age = np.zeros(num_envs, np.int64)
     frames_back = np.array([3, 2, 1, 0])
+    recorded = 0
     with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
               mininterval=1) as bar:
         for t in range(stretch[0]):
@@ -413,10 +416,11 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
             obs, reward, terminated, truncated, _ = envs.recv()
             ended = terminated | truncated
             rewards[row], dones[row] = reward[e], ended[e]
+            recorded += len(e)
             bar.update(len(e))
             for i in np.flatnonzero(ended[e]):
                 game = rewards[row[i] - age[i]:row[i] + 1]
-                on_game_end(bar.n, float(game.sum()), len(game))
+                on_game_end(recorded, float(game.sum()), len(game))
             age = np.where(ended, 0, age + 1)
 
     # a slot's stretch begins with a new game, and so does the sample after a game's end
@@ -458,9 +462,6 @@ def main(args):
     env_id, rom = resolve_game(args.env_id)
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
                 repeat_action_probability=(0, 1))
-    if args.env_id != env_id:
-        print(f"game        {args.env_id} is {env_id} here, with sticky actions at "
-              f"--repeat-action-probability {args.repeat_action_probability:g}")
     device = set_up_torch(args)
     envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
     teacher_path = args.teacher_path or default_path(
@@ -468,6 +469,8 @@ def main(args):
     buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
     checkpoint, agent = load_checkpoint(teacher_path, env_id, int(envs.single_action_space.n),
                                         f"python ppo_atari_teacher.py --env-id {env_id}")
+    with open(teacher_path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     check_output(buffer_path, args.overwrite)
     run_name = new_run(env_id, args)
     logger = Logger(run_name, args, env_id)
@@ -481,8 +484,6 @@ def main(args):
              "charts/SPS": samples / (time.time() - start_time)}, samples))
     action_meanings = [action.name for action in envs.ale.get_action_set()]
     envs.close()
-    with open(teacher_path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     packages = ("torch", "numpy", "ale-py", "gymnasium")
     meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
             "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
@@ -508,9 +509,10 @@ def main(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(tyro.cli(Args))
-    except UsageError as error:
+    except (UsageError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

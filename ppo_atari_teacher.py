@@ -19,12 +19,10 @@ import difflib
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
 import zipfile
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -146,13 +144,17 @@ def resolve_game(env_id):
     Raises:
         UsageError: for an unknown game, with the closest names.
     """
-    games = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
-    game = re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", env_id)
-    if game not in games or env_id not in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5", f"{game}-v5"):
-        close = difflib.get_close_matches(game, games, cutoff=0.5) or ["Pong", "Breakout"]
-        names = ", ".join(f"{name}NoFrameskip-v4" for name in close)
-        raise UsageError(f"--env-id {env_id}: no such game; did you mean {names}?")
-    return f"{game}NoFrameskip-v4", games[game]
+    two_players = {"combat", "joust", "maze_craze", "warlords"}
+    games = {f"{rom.title().replace('_', '')}NoFrameskip-v4": rom
+             for rom in roms.get_all_rom_ids() if rom not in two_players}
+    canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
+    if canonical not in games:
+        close = ", ".join(difflib.get_close_matches(canonical, games, cutoff=0))
+        raise UsageError(f"--env-id {env_id}: no such game; the closest names are {close}")
+    if canonical != env_id:
+        print(f"game        {env_id} is {canonical} here; sticky actions stay at the value of "
+              "--repeat-action-probability")
+    return canonical, games[canonical]
 
 
 def preprocessing():
@@ -254,14 +256,17 @@ def check_output(path, overwrite):
         UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path}: exists already; pass --overwrite to replace it, or another path")
-    with contextlib.suppress(OSError):
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: its folder cannot be written; name another path")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -293,11 +298,12 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
+            or not isinstance(checkpoint["args"], dict)
+            or not isinstance(checkpoint["global_step"], int)):
         raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
     if checkpoint["format_version"] != 1:
-        raise UsageError(f"{path}: has format version {checkpoint['format_version']}, and this "
-                         "script reads version 1; update the script")
+        raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
         raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
                          f"pass --env-id {checkpoint['env_id']}")
@@ -349,11 +355,9 @@ def play(agent, envs, eval_steps, seed, greedy):
             game_return += reward
             game_length += 1
             ended = terminated | truncated
-            for e in np.flatnonzero(ended & playing):
-                returns.append(float(game_return[e]))
-                lengths.append(int(game_length[e]))
-            game_return[ended] = 0
-            game_length[ended] = 0
+            returns += game_return[ended & playing].tolist()
+            lengths += game_length[ended & playing].tolist()
+            game_return[ended] = game_length[ended] = 0
             bar.total = max(eval_steps, bar.n + int(playing.sum()))
             bar.update(int(playing.sum()))
             if slot_step >= quota:
@@ -455,20 +459,15 @@ def new_run(env_id, args):
     """
     if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
         raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
-    stem = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name, copies = stem, 1
-    while True:
-        with contextlib.suppress(FileExistsError):
-            Path("runs", name).mkdir(parents=True)
-            return name
-        copies += 1
-        name = f"{stem}-{copies}"
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    while Path("runs", name).exists():
+        name += "-2"
+    Path("runs", name).mkdir(parents=True)
+    return name
 
 
 def set_up_torch(args):
-    """Seed every generator, set cuDNN's determinism, and return the device the flags ask for."""
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
@@ -566,12 +565,15 @@ def load_optimizer(optimizer, state):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
-def check_resumable(path, saved, args):
-    """Make sure that a checkpoint can be resumed with these flags.
+def check_resumable(path, saved, args, phase):
+    """Make sure that a checkpoint is of this phase and can be resumed with these flags.
 
     Raises:
-        UsageError: if it holds no optimiser, or a flag that shapes the training differs.
+        UsageError: if not, if it holds no optimiser, or if a flag that shapes training differs.
     """
+    if saved["phase"] != phase or not {"optimizer", "rng", "run_name"} <= saved.keys():
+        raise UsageError(f"{path}: holds no {phase} training to go on with; name another "
+                         "--save-path")
     free = {"total_timesteps", "checkpoint_interval", "save_path", "resume", "overwrite", "env_id",
             "cuda", "track", "wandb_project_name", "wandb_entity", "eval_steps", "eval_greedy"}
     for name, value in vars(args).items():
@@ -579,9 +581,6 @@ def check_resumable(path, saved, args):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value}: {path} was trained with {before}; resume with "
                              "that, or train to another --save-path")
-    if not {"optimizer", "rng", "run_name"} <= saved.keys():
-        raise UsageError(f"{path}: holds no optimiser state, so it cannot be resumed; train to "
-                         "another --save-path")
 
 
 def main(args):
@@ -595,17 +594,14 @@ def main(args):
         ent_coef=(0, 1e6), vf_coef=(0, 1e6), max_grad_norm=(1e-12, 1e12), target_kl=(1e-12, 1e6))
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide num_envs * "
-                         f"num_steps = {batch_size}")
-    if args.env_id != env_id:
-        print(f"game        {args.env_id} is {env_id} here, with sticky actions at "
-              f"--repeat-action-probability {args.repeat_action_probability:g}")
+        raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide {batch_size}")
     device = set_up_torch(args)
     envs = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
     num_actions = int(envs.single_action_space.n)
     made_by = f"python ppo_atari_teacher.py --env-id {env_id} --capacity {args.capacity}"
 
     if args.eval_only is not None:
+        envs.close()
         saved, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
         path = f"runs/{new_run(env_id, args)}/eval.json"
         identity = {name: saved[name] for name in ("env_id", "phase", "capacity")}
@@ -621,7 +617,7 @@ def main(args):
 
     if args.resume and Path(save_path).exists():
         saved, _ = load_checkpoint(save_path, env_id, num_actions, made_by)
-        check_resumable(save_path, saved, args)
+        check_resumable(save_path, saved, args, "ppo")
         agent.load_state_dict(saved["model"])
         load_optimizer(optimizer, saved["optimizer"])
         torch.set_rng_state(saved["rng"]["torch"])
@@ -660,11 +656,10 @@ def main(args):
     next_obs, info = envs.reset(seed=game_seeds(args.num_envs, args.seed, 1, global_step))
     frame_number = info["episode_frame_number"]
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-    recent_returns = deque(maxlen=100)
+    recent_returns = []
     start_step = last_saved = global_step
     start_time = time.time()
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step",
-               dynamic_ncols=True, mininterval=1)
+    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", mininterval=1)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
         if args.anneal_lr:
             fraction_left = 1 - (iteration - 1) / num_iterations
@@ -699,8 +694,7 @@ def main(args):
                 logger.log({"charts/episodic_return": game_return[e],
                             "charts/episodic_length": game_length[e]}, global_step)
                 recent_returns.append(game_return[e])
-            game_return[game_over] = 0
-            game_length[game_over] = 0
+            game_return[game_over] = game_length[game_over] = 0
 
         with torch.no_grad():
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
@@ -728,7 +722,7 @@ def main(args):
         if not all(map(math.isfinite, losses)):
             bar.close()
             raise UsageError(f"training diverged at step {global_step:,}, its losses are {losses}; "
-                             f"the last save is of step {last_saved:,}; lower --learning-rate")
+                             f"last saved at step {last_saved:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
         unexplained = (returns - values).var() / returns.var()
@@ -737,7 +731,7 @@ def main(args):
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         logger.log(metrics, global_step)
         if recent_returns:
-            bar.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
+            bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
         if global_step - last_saved >= args.checkpoint_interval:
             save(evaluation=None)
             last_saved = global_step
@@ -759,9 +753,10 @@ def main(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(tyro.cli(Args))
-    except UsageError as error:
+    except (UsageError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

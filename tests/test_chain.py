@@ -22,6 +22,7 @@ METRICS = {"ppo_atari_teacher.py": PPO_METRICS, "finetune_student.py": PPO_METRI
            "actor_distill.py": {"losses/kl", "losses/value_loss", "validation/kl",
                                 "validation/agreement", "validation/entropy_gap",
                                 "validation/value_loss", "charts/epoch", "charts/SPS",
+                                "charts/learning_rate",
                                 "eval/mean", "eval/std", "eval/iqm"}}
 
 
@@ -201,7 +202,7 @@ def test_other_ids_of_a_game_end_up_in_the_same_place(chain, tmp_path):
     result = run_script(tmp_path, "ppo_atari_teacher.py", *SMALL_PPO, "--eval-steps", 0,
                         "--env-id", "ALE/MsPacman-v5", "--capacity", "low")
     assert result.returncode == 0, result.stderr
-    assert "--repeat-action-probability 0" in result.stdout
+    assert "sticky actions stay at the value of --repeat-action-probability" in result.stdout
     checkpoint = torch.load(tmp_path / "checkpoints/MsPacmanNoFrameskip-v4/ppo_low.pt",
                             weights_only=True)
     assert checkpoint["env_id"] == "MsPacmanNoFrameskip-v4" and checkpoint["num_actions"] == 9

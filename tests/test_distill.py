@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import opinionated_agent
+from test_ppo import tensorboard_scalars
 
 
 def test_kl_equals_values_worked_by_hand():
@@ -109,6 +110,15 @@ def test_held_out_share_is_whole_episodes():
     assert set(held_out) != set(distill.split_episodes(episodes, 0.1, 2)[1])
 
 
+@pytest.mark.parametrize("lengths, fraction", [([10, 39, 51], 0.5), ([10], 0.5), ([2], 0.05)])
+def test_something_is_always_left_to_train_on(lengths, fraction):
+    episodes = np.repeat(np.arange(len(lengths)), lengths)
+    for seed in range(20):
+        train, held_out = distill.split_episodes(episodes, fraction, seed)
+        assert len(train) and len(held_out)
+        assert sorted([*train, *held_out]) == list(range(len(episodes)))
+
+
 @pytest.mark.parametrize("episodes", [np.zeros(100, int), np.repeat([0, 1], 50)])
 def test_few_long_episodes_give_a_contiguous_stretch(episodes):
     train, held_out = distill.split_episodes(episodes, 0.05, 1)
@@ -152,6 +162,15 @@ def test_student_learns_held_out_play(small_buffer, tmp_path, monkeypatch, capsy
     assert torch.equal(student["model"]["critic.weight"], untouched.critic.weight)
 
 
+def test_learning_rate_falls_to_zero_or_stays(small_buffer, tmp_path, monkeypatch):
+    batches = -(-2700 // 64)
+    for anneal, last in ((True, 1e-3 / (3 * batches)), (False, 1e-3)):
+        student = distilled(small_buffer, tmp_path, monkeypatch, epochs=3, anneal_lr=anneal,
+                            batch_size=64, learning_rate=1e-3, overwrite=True)
+        rate = student["optimizer"]["param_groups"][0]["lr"]
+        assert rate == pytest.approx(last, rel=1e-6)
+
+
 def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
     without = distilled(small_buffer, tmp_path, monkeypatch, epochs=2)
     with_values = distilled(small_buffer, tmp_path, monkeypatch, epochs=2, value_coef=0.5,
@@ -162,8 +181,8 @@ def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
 
 def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3,
-                        early_stop_patience=1)
+    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3, anneal_lr=False,
+ early_stop_patience=1)
     assert student["epoch"] < 40
     kept = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("kept"))
     buffer = distill.load_buffer(small_buffer, "PongNoFrameskip-v4",
@@ -175,15 +194,25 @@ def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch
     with torch.no_grad():
         kl = distill.kl_divergence(torch.from_numpy(buffer["action_probs"][rows]),
                                    agent(obs)[0]).mean()
-    assert f"epoch {student['epoch'] - 1}, held-out KL {kl:.4f}" in kept
-    assert student["validation"]["validation/kl"] > kl + 1e-4, "the last epoch was a worse one"
+    assert f"epoch {student['epoch']}, held-out KL {kl:.4f}" in kept
+    assert student["global_step"] == 2700 * student["epoch"]
+    assert student["validation"]["validation/kl"] == pytest.approx(kl.item(), rel=1e-3)
+    scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))["validation/kl"]
+    assert scalars[-1][1] > kl + 1e-4, "the last epoch was a worse one"
+    assert min(value for _, value in scalars) == pytest.approx(kl.item(), rel=1e-3)
 
 
 def test_share_of_teacher():
-    def share(student, teacher):
-        return distill.share_of_teacher(student and {"mean": student}, teacher and {"mean": teacher})
+    def result(mean, greedy=False):
+        return {"mean": mean, "greedy": greedy, "repeat_action_probability": 0.0}
 
-    assert share(9.0, 12.0).endswith(": 75.0% of its teacher")
-    assert "not positive" in share(-5.0, -2.0)
-    assert "teacher was not evaluated" in share(9.0, None)
-    assert "student was not evaluated" in share(None, 12.0)
+    def share(student, teacher):
+        return distill.share_of_teacher(student, {"evaluation": teacher})
+
+    assert share(result(9), result(12)) == "mean 9.00, its teacher's 12.00: 75.0% of its teacher"
+    assert "not comparable" in share(result(9, greedy=True), result(12))
+    for student, teacher in ((-5, -2), (5, -2), (-5, 2)):
+        assert share(result(student), result(teacher)).endswith("not both are positive")
+    assert "not both were evaluated" in share(result(9), None)
+    assert "not both were evaluated" in share(None, result(12))
+    assert "not both were evaluated" in distill.share_of_teacher(result(9), None)
