@@ -87,7 +87,7 @@ class Args:
     """samples a gradient step; the last batch of an epoch may be smaller"""
     learning_rate: float = 1e-3
     """Adam's learning rate at the start"""
-    anneal_lr: bool = True
+    anneal_lr: bool = False
     """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
     temperature: float = 1.0
     """divide the teacher's log-probabilities by this first (Eq. 2); below 1 sharpens, 1 is Eq. 3"""

@@ -1,6 +1,7 @@
 """Which batch size, learning rate, optimiser and schedule should `actor_distill.py` default to?
 
-    python benchmark/distill_defaults.py                # the shipped Pong buffer, medium students
+    python benchmark/distill_defaults.py --seconds 15   # the shipped Pong buffer, medium students
+    python benchmark/distill_defaults.py --seconds 60 --finalists
 
 Fits one student per setting to the same buffer, each for the same wall time of training, and writes
 the held-out KL that it reaches. The students take turns of one second, so that a machine that slows
@@ -34,10 +35,12 @@ class Args:
     """size of the students"""
     seconds: float = 60.0
     """wall time of training for each setting"""
+    finalists: bool = False
+    """compare only the few settings that are worth a longer run"""
     seed: int = 1
     """seed of the weights, the held-out share and the shuffles"""
-    output: str = "benchmark/results/distill_defaults.json"
-    """file to write; a table goes beside it, as `.md`"""
+    output: str | None = None
+    """file to write, a table goes beside it as `.md`; default in `benchmark/results/`"""
 
 
 ADAM = [("Adam", batch, rate, "constant") for batch in (32, 64, 128, 256)
@@ -45,6 +48,9 @@ ADAM = [("Adam", batch, rate, "constant") for batch in (32, 64, 128, 256)
 OTHERS = [("Adam", 64, 1e-3, "linear"), ("Adam", 64, 2e-3, "linear"), ("Adam", 128, 2e-3, "linear"),
           ("Adam", 64, 1e-3, "cosine"), ("AdamW", 64, 1e-3, "constant"),
           ("RMSprop", 64, 1e-3, "constant"), ("SGD", 64, 0.03, "constant")]
+FINALISTS = [("Adam", 64, 1e-3, "constant"), ("Adam", 64, 1e-3, "linear"),
+             ("Adam", 64, 2e-3, "linear"), ("SGD", 64, 0.03, "constant"),
+             ("SGD", 64, 0.03, "linear")]
 OPTIMIZERS = {
     "Adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
     "AdamW": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),
@@ -102,7 +108,8 @@ def main(args):
         obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
         return obs, probs[rows], values[rows]
 
-    students = [Student(x, len(meanings), train_rows, args) for x in ADAM + OTHERS]
+    settings = FINALISTS if args.finalists else ADAM + OTHERS
+    students = [Student(setting, len(meanings), train_rows, args) for setting in settings]
     students[0].train(get_batch, 2.0)  # warm-up, forgotten at once
     students[0] = Student(students[0].setting, len(meanings), train_rows, args)
     while any(student.seconds < args.seconds for student in students):
@@ -121,11 +128,12 @@ def main(args):
                      "schedule": schedule, "seconds": student.seconds, "samples": student.samples,
                      "epochs": student.samples / len(train_rows), **found})
     uniform = distill.kl_divergence(probs[held_out], torch.zeros(len(held_out), len(meanings)))
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": f"{platform.processor()} "
-              f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-              "command": "python benchmark/distill_defaults.py", "capacity": args.capacity,
+    result = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+              "command": " ".join(("python", *sys.argv)), "capacity": args.capacity,
               "uniform_kl": uniform.mean().item(), "held_out": len(held_out), "runs": rows}
-    output = Path(args.output)
+    name = "distill_finalists.json" if args.finalists else "distill_defaults.json"
+    output = Path(args.output or f"benchmark/results/{name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1))
     lines = ["| optimiser | batch | learning rate | schedule | epochs | held-out KL | agreement |",

@@ -42,7 +42,7 @@ def learning_curve(folder, path):
     axes.plot(steps[window - 1:], means, color="C3", label=f"mean of the last {window} games")
     result = json.loads((folder / "eval.json").read_text())
     axes.axhline(result["mean"], linestyle="--", linewidth=1, color="k",
-                 label=f"evaluation, {result['episodes']} games: {result['mean']:.2f}")
+                 label=f"shipped checkpoint, {result['episodes']} games: {result['mean']:.2f}")
     axes.set(xlabel="environment steps", ylabel="raw return of a full game",
              title=f"{result['env_id']}: PPO teacher, one seed")
     axes.legend(loc="lower right", fontsize=8)
@@ -52,6 +52,8 @@ def learning_curve(folder, path):
 
 def epochs_figure(folder, teacher, path):
     """Held-out KL and score over the epochs of distillation: the shape of the paper's Fig. 3."""
+    if not list(folder.glob("distill_*")):
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for capacity, color in (("medium", "C4"), ("low", "C0")):
         runs = sorted(folder.glob(f"distill_{capacity}_*"), key=lambda x: int(x.name.split("_")[2]))
