@@ -365,9 +365,9 @@ def set_up_torch(args):
 def collect(agent, envs, num_samples, seed, greedy, on_game_end):
     """Let a policy play and record every step, each frame once.
 
-    Game slot e fills a contiguous stretch of the samples, in the order of play: neighbouring frames
-    look alike, and next to each other they compress several times better. Frame row i + 1 is the
-    newest frame of sample i, and row 0 is the blank frame from before a game's start.
+    Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
+    finds frames that look alike next to each other. Frame row i + 1 is the newest frame of sample
+    i, and row 0 is the blank frame from before a game's start.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
