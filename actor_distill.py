@@ -16,16 +16,25 @@ step of the buffer. `global_step` counts the samples seen.
 import contextlib
 import copy
 import difflib
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -45,8 +54,8 @@ class Args:
     """name of this experiment, part of the run's name; no slash"""
     seed: int = 1
     """seed of the initial weights, the held-out share, the shuffles and the games; 0 or more"""
-    cuda: bool = True
-    """use a CUDA GPU when there is one"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -61,6 +70,10 @@ class Args:
     """buffer to learn from; default `buffers/{env_id}.npz`, or the shipped one of that game"""
     save_path: str | None = None
     """checkpoint to write; default `checkpoints/{env_id}/distilled_{capacity}.pt`"""
+    checkpoint_interval: int = 1_000_000
+    """save at the end of an epoch when this many samples have passed since the last save"""
+    resume: bool = False
+    """go on from `save_path`, after its last whole epoch; start anew where nothing is saved yet"""
     overwrite: bool = False
     """replace `save_path` if it exists"""
 
@@ -208,8 +221,9 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
-        # channels_last is the layout in which small convolutions are fastest on a CPU
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
+        # are cheaper to rearrange than floats
+        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
         hidden = self.network(x)
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
@@ -219,36 +233,106 @@ def sample_actions(logits, generator=None):
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
+def catch_stops():
+    """Let a first SIGINT or SIGTERM raise KeyboardInterrupt(its number), a second leave at once.
+
+    It is raised in this file's own code, where it is certain to end the script: some libraries
+    swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
+    """
+    def leave(number, frame):
+        os._exit(128 + number)
+
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, leave)
+        deadline = time.monotonic() + 2
+
+        def attempt(_, frame):
+            own = frame is not None and frame.f_code.co_filename == stop.__code__.co_filename
+            if own or time.monotonic() > deadline:
+                raise KeyboardInterrupt(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+
+        signal.signal(signal.SIGALRM, attempt)
+        attempt(number, frame)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+class Unbreakable:
+    """A text stream that drops what cannot be written, as when Ctrl-C has ended `tee` first."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write and flush, or drop."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self):
+        """Do nothing: `write` has flushed."""
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open a file that stands at `path` whole when the block ends, and not at all if it raises."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a file that stands at `path` whole when the block ends, and not at all if it raises.
+
+    An OSError of the block is raised again with the name of the file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and the file that it names is replaced
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def check_output(path, overwrite):
+def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
+    What killed processes left of earlier attempts to write it is removed.
+
+    Args:
+        path: file to write.
+        overwrite: whether it may exist already.
+        inputs: paths that are read, and so must not be it.
+
     Raises:
-        UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
+        UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))
     try:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; name a file")
-        if path.exists() and not overwrite:
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{path}: is a folder or a device; name a file")
+        if str(target) in map(os.path.realpath, inputs):
+            raise UsageError(f"{path}: is read as well; name another file to write")
+        if target.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for file in target.parent.glob(".*.tmp"):
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
+        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -289,8 +373,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight
-            if archive.testzip() is not None:
+            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+            # without compression, so a member that is larger than the file is a trap
+            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
+                    or archive.testzip() is not None):
                 raise ValueError("CRC mismatch")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can make the parsers raise anything
@@ -298,24 +384,44 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
-            or not isinstance(checkpoint["args"], dict)
-            or not isinstance(checkpoint["global_step"], int)):
-        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
+    try:
+        # all but weights, optimiser and random state is plain, to be compared and printed safely
+        plain = {name: value for name, value in checkpoint.items()
+                 if name not in ("model", "last_model", "optimizer", "rng")}
+        # lazily, as a small file can name the same list over and over, a list of such lists, ...
+        encoded = itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)
+        teacher = plain.get("teacher") or {"evaluation": None}
+        results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
+        numbers = [result["mean"] for result in results if result is not None]
+        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
+            numbers.append(plain["validation"][f"validation/{name}"])
+        counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
+        if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
+                or not isinstance(plain["args"], dict)
+                or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                or not all(type(x) is int and x >= 0 for x in counts)
+                or not all(result is None or "greedy" in result for result in results)):
+            raise ValueError
+    except Exception:
+        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`"
+                         ) from None
     if checkpoint["format_version"] != 1:
         raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
-        raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
-                         f"pass --env-id {checkpoint['env_id']}")
+        raise UsageError(f"{path}: belongs to {checkpoint['env_id']!r:.60}, not to {env_id}; "
+                         f"pass --env-id {checkpoint['env_id']!r:.60}")
     if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
-                         "leave out --capacity")
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']!r:.60} network, not {capacity}; "
+                         "pass the --capacity that it holds")
     try:
+        weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
+        if {x.dtype for x in weights} != {torch.float32}:
+            raise ValueError("load_state_dict would convert them in silence")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
-        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']} network with "
-                         f"{num_actions} actions; make it anew with `{made_by}`") from None
+        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']!r:.60} network "
+                         f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
     return checkpoint, agent
@@ -414,41 +520,69 @@ def evaluate(agent, rom, args, identity, path):
 class Logger:
     """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
 
+    A run is worth more than its log: where one of the two fails, a warning is all that happens.
+
     Args:
         run_name: unique name, no slash.
         args: dataclass of flags, which are recorded; track and wandb_* are read.
         group: W&B's group, the game.
-        purge_step: on a resume, the first step whose earlier events TensorBoard drops.
+        global_step: where the run goes on; TensorBoard drops what was logged after it.
+        wandb_id: on a resume, the `wandb_id` of before: an online W&B run goes on under it, while
+            an offline one cannot, so that a new one of the same name and group follows it.
     """
 
-    def __init__(self, run_name, args, group, purge_step=None):
-        self.writer = SummaryWriter(f"runs/{run_name}", purge_step=purge_step)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}", purge_step or 0)
-        self.wandb_run = None
-        if args.track:
-            try:
+    def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
+        self.folder, self.tensorboard, self.warned = f"runs/{run_name}", None, []
+        self.wandb = self.wandb_id = None
+        with self.tolerate("tensorboard"):
+            self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
+            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            table = f"|flag|value|\n|-|-|\n{rows}"
+            self.tensorboard.add_text("hyperparameters", table, global_step)
+        with self.tolerate("wandb"):
+            if args.track:
                 import wandb
 
-                self.wandb_run = wandb.init(
+                online = wandb.setup().settings.mode == "online"
+                again = {"id": wandb_id, "resume": "allow"} if online and wandb_id else {}
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
-                    group=group, job_type=args.exp_name, config=vars(args), save_code=True)
-                self.wandb_run.define_metric("*", step_metric="global_step")
-            except Exception as error:  # a run is worth more than its mirror
-                print(f"warning: no W&B, TensorBoard only: {error}", file=sys.stderr)
+                    group=group, job_type=args.exp_name, config=vars(args), save_code=True, **again)
+                self.wandb.define_metric("*", step_metric="global_step")
+                self.wandb_id = self.wandb.id if online else None
+
+    @contextlib.contextmanager
+    def tolerate(self, part):
+        """Turn an error of one part of the log into a warning, given once, and drop that part."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, part, None)
+            if part not in self.warned:
+                self.warned.append(part)
+                print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
 
     def log(self, metrics, global_step):
         """Record a dict of numbers by name, at a step that never goes back."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
-        if self.wandb_run is not None:
-            self.wandb_run.log({**metrics, "global_step": global_step})
+        with self.tolerate("tensorboard"):
+            if shutil.disk_usage(self.folder).free < 2**20:  # its thread would die of a full disk
+                raise OSError("less than 1 MB is free; it goes on when there is more")
+            self.tensorboard = self.tensorboard or SummaryWriter(self.folder)
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.flush()  # a killed process loses nothing that was logged
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.log({**metrics, "global_step": global_step})
 
     def close(self):
-        """Write out what is still pending."""
-        self.writer.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        """End the log, and with it the W&B run."""
+        with self.tolerate("tensorboard"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def new_run(env_id, args):
@@ -457,8 +591,8 @@ def new_run(env_id, args):
     Raises:
         UsageError: if exp_name holds a slash.
     """
-    if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
-        raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
+    if not re.fullmatch(r"[^/\\\0]{1,100}", args.exp_name):
+        raise UsageError(f"--exp-name {args.exp_name:.100}: must be 1 to 100 letters, no slash")
     name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     while Path("runs", name).exists():
         name += "-2"
@@ -467,11 +601,47 @@ def new_run(env_id, args):
 
 
 def set_up_torch(args):
-    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for.
+
+    Raises:
+        UsageError: if that is a GPU and there is none.
+    """
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA GPU here; pass --device cpu or auto")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def npy_header(archive, name):
+    """Read what a member of a zip archive claims to be, before anything is allocated for it.
+
+    Args:
+        archive: an open ZipFile.
+        name: of an array, without `.npy`.
+
+    Returns:
+        The array's dtype and shape.
+
+    Raises:
+        ValueError: if the claim does not agree with the member's size, or needs pickle.
+    """
+    with archive.open(f"{name}.npy") as member:
+        if np.lib.format.read_magic(member) != (1, 0):  # others may have headers of gigabytes
+            raise ValueError(f"array {name} is of another version than collect_buffer.py writes")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        size = member.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or min(shape, default=0) < 0 or size != archive.getinfo(
+                member.name).file_size:
+            raise ValueError(f"array {name} claims to be {dtype} {shape}, which it is not")
+    return dtype, shape
+
+
+def read_npy(archive, name):
+    """Read an array out of an open ZipFile, whose CRC is checked; pickles are refused."""
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def load_buffer(path, env_id, action_meanings, made_by):
@@ -492,35 +662,51 @@ def load_buffer(path, env_id, action_meanings, made_by):
     """
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    names = {"frames": np.uint8, "stack_index": np.int32, "action_probs": np.float32,
-             "values": np.float32, "episode_index": np.int32}
+    dtypes = {"frames": np.uint8, "stack_index": np.int32, "action_probs": np.float32,
+              "values": np.float32, "episode_index": np.int32}
+    wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
+              "preprocessing": preprocessing()}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            meta = json.loads(str(archive["meta"]))
-            if meta["teacher"]["evaluation"] is not None:
-                float(meta["teacher"]["evaluation"]["mean"])
-            wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
-                      "preprocessing": preprocessing()}
-            different = [name for name in wanted if meta[name] != wanted[name]]
-            buffer = {} if different else {name: archive[name] for name in names}
+        with zipfile.ZipFile(path) as archive:
+            declared = {name: npy_header(archive, name) for name in (*dtypes, "meta")}
+            if declared["meta"][1] != () or declared["meta"][0].itemsize > 2**20:
+                raise ValueError("array meta is no text")
+            meta = json.loads(str(read_npy(archive, "meta")))
+            if (taught := meta["teacher"]["evaluation"]) is not None:
+                if not math.isfinite(taught["mean"]) or "greedy" not in taught:
+                    raise ValueError("meta holds no evaluation of the teacher")
+            for name in wanted:
+                if meta[name] != wanted[name]:
+                    raise UsageError(
+                        f"{path}: its {name} is {meta[name]!r:.300}, not {wanted[name]}; pass "
+                        f"another --env-id or --buffer-path, or make it with `{made_by}`")
+            frames, samples = declared["frames"][1][:1], declared["stack_index"][1][:1]
+            shapes = {"frames": (*frames, 84, 84), "stack_index": (*samples, 4),
+                      "action_probs": (*samples, len(action_meanings)), "values": samples,
+                      "episode_index": samples}
+            for name, dtype in dtypes.items():
+                if declared[name] != (dtype, shapes[name]):
+                    raise UsageError(
+                        f"{path}: array {name} is {declared[name][0]} {declared[name][1]}, not "
+                        f"{np.dtype(dtype)} {shapes[name]}; make it with `{made_by}`")
+            if samples[0] < 2:
+                raise UsageError(f"{path}: has too few samples; make it with `{made_by}`")
+            needed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in declared.values())
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if needed > memory:
+                raise UsageError(f"{path}: takes {needed / 1e9:,.1f} GB of memory, of which this "
+                                 f"machine has {memory / 1e9:,.1f}; record fewer --num-samples")
+            buffer = {name: read_npy(archive, name) for name in dtypes}
+    except UsageError:
+        raise
     except Exception as error:  # a foreign file can make the parsers raise anything
-        raise UsageError(f"{path}: damaged, or no buffer of this project ({type(error).__name__}: "
-                         f"{error}); make it anew with `{made_by}`") from None
-    for name in different:
-        raise UsageError(f"{path}: its {name} is {meta[name]}, not {wanted[name]}; pass another "
-                         f"--env-id or --buffer-path, or make it with `{made_by}`")
-    frames, samples = buffer["frames"].shape[:1], buffer["stack_index"].shape[:1]
-    shapes = {"frames": (*frames, 84, 84), "stack_index": (*samples, 4), "values": samples,
-              "action_probs": (*samples, len(action_meanings)), "episode_index": samples}
-    for name, dtype in names.items():
-        if buffer[name].dtype != dtype or buffer[name].shape != shapes[name]:
-            raise UsageError(f"{path}: array {name} is {buffer[name].dtype} {buffer[name].shape}, "
-                             f"not {np.dtype(dtype)} {shapes[name]}; make it with `{made_by}`")
-    if samples[0] < 2:
-        raise UsageError(f"{path}: has too few samples to learn from; make it with `{made_by}`")
+        raise UsageError(f"{path}: damaged, or no buffer of this project ({error!r:.100}); make it "
+                         f"anew with `{made_by}`") from None
     index, probs = buffer["stack_index"], buffer["action_probs"]
+    with np.errstate(all="ignore"):
+        wrong_probs = ~((probs >= 0).all(1) & (abs(probs.sum(1) - 1) < 1e-3))
     bad = {"stack_index": ((index < 0) | (index >= len(buffer["frames"]))).any(1),
-           "action_probs": ~((probs >= 0).all(1) & (abs(probs.sum(1) - 1) < 1e-3)),
+           "action_probs": wrong_probs,
            "values": ~np.isfinite(buffer["values"]),
            "episode_index": ~np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
     for name, rows in bad.items():
@@ -625,6 +811,85 @@ def validate(agent, get_batch, rows):
                      "validation/value_loss"), means))
 
 
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all; a full disk raises OSError, as for any file."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
+
+
+def restore(path, saved, phase, args, agent, optimizer, free=()):
+    """Go on where a checkpoint was saved: put back weights, Adam's moments and random states.
+
+    Each moment gets its parameter's memory layout. Fused Adam pairs them by their place in memory:
+    a moment in another layout than its channels_last weight would move the wrong weights, without
+    any error.
+
+    Args:
+        path, saved: the checkpoint's file and content.
+        phase: that the checkpoint must be of.
+        args: the flags now; those that shape training must equal the saved ones.
+        agent, optimizer: what is changed, besides torch's generators.
+        free: further flags that may differ.
+
+    Raises:
+        UsageError: if the checkpoint or a flag does not fit.
+    """
+    needed = {"optimizer", "rng", "run_name"}
+    if phase == "distilled":
+        needed |= {"epoch", "validation", "last_epoch", "last_model"}
+    if (saved["phase"] != phase or not needed <= saved.keys()
+            or not re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", str(saved["run_name"]))):
+        raise UsageError(f"{path}: holds no {phase} training to go on with; name another "
+                         "--save-path")
+    free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
+            "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
+            "wandb_entity", "eval_steps", "eval_greedy", "eval_only", *free}
+    for name, value in vars(args).items():
+        if name not in free and (before := saved["args"].get(name)) != value:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
+                             "with that, or train to another --save-path")
+    try:
+        # a student's weights may be those of an earlier epoch than the last
+        agent.load_state_dict(saved.get("last_model", saved["model"]))
+        parameters = list(agent.parameters())
+        for i, moments in saved["optimizer"]["state"].items():
+            kept = {"step": torch.tensor(float(moments["step"]), device=parameters[i].device)}
+            for name in ("exp_avg", "exp_avg_sq"):
+                if (moments[name].shape, moments[name].dtype) != (
+                        parameters[i].shape, torch.float32):
+                    raise ValueError(f"{name} {i} is of another shape or type")
+                kept[name] = torch.empty_like(parameters[i]).copy_(moments[name].detach())
+            if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
+                    and kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all()):
+                raise ValueError(f"moments {i} are not finite or negative")
+            optimizer.state[parameters[i]] = kept
+        if not optimizer.state:
+            raise ValueError("no moments")
+        torch.set_rng_state(saved["rng"]["torch"])
+        if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    except Exception as error:
+        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); train to "
+                         "another --save-path") from None
+
+
+def training_state(agent, optimizer):
+    """A copy of weights, optimiser and random states: all that later updates depend on."""
+    cuda = torch.cuda.get_rng_state() if agent.critic.weight.is_cuda else None
+    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict(),
+                          "rng": {"torch": torch.get_rng_state(), "cuda": cuda}})
+
+
+def tell_how_to_go_on(path, progress):
+    """Print, after a signal, what `path` holds and the command that goes on from there."""
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    print(f"\nstopped     {path} holds {progress}; to go on:\n"
+          f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
+
+
 def share_of_teacher(result, teacher):
     """A sentence on a policy's mean return as a share of its teacher's.
 
@@ -646,13 +911,13 @@ def share_of_teacher(result, teacher):
     return text
 
 
-def main(args):
+def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), repeat_action_probability=(0, 1),
                 eval_steps=(0 if args.eval_only is None else 1, 10**12), epochs=(1, 10**6),
                 batch_size=(1, 10**6), learning_rate=(1e-12, 1e3), temperature=(1e-6, 1e6),
                 value_coef=(0, 1e6), validation_fraction=(0.001, 0.5),
-                early_stop_patience=(0, 10**6))
+                early_stop_patience=(0, 10**6), checkpoint_interval=(1, 10**12))
     device = set_up_torch(args)
     envs = make_envs(rom, 1, False, args.repeat_action_probability)
     action_meanings = [action.name for action in envs.ale.get_action_set()]
@@ -673,13 +938,15 @@ def main(args):
     buffer_path = args.buffer_path or default_path(
         f"buffers/{env_id}.npz", f"{env_id}/buffer.npz")
     save_path = args.save_path or f"checkpoints/{env_id}/distilled_{args.capacity}.pt"
+    check_output(save_path, args.overwrite or args.resume, buffer_path)
     buffer = load_buffer(buffer_path, env_id, action_meanings,
                          f"python collect_buffer.py --env-id {env_id}")
     samples = len(buffer["stack_index"])
     if args.batch_size > samples // 2:
         raise UsageError(f"--batch-size {args.batch_size}: {buffer_path} has {samples:,} samples; "
                          f"must be {samples // 2} at most")
-    check_output(save_path, args.overwrite)
+    with open(buffer_path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
     frames, stack_index, action_probs, values = (
         torch.from_numpy(buffer[name]).to(device)
@@ -697,21 +964,66 @@ def main(args):
     agent = Agent(args.capacity, len(action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    run_name = new_run(env_id, args)
-    logger = Logger(run_name, args, env_id)
+    identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
+                "checkpoint": save_path}
+    saved = {}
+    if args.resume and Path(save_path).exists():
+        saved, _ = load_checkpoint(save_path, env_id, len(action_meanings),
+                                   f"python actor_distill.py --env-id {env_id} --overwrite",
+                                   args.capacity)
+        restore(save_path, saved, "distilled", args, agent, optimizer,
+                free=("num_envs", "repeat_action_probability"))
+        if saved.get("buffer_sha256") != sha256:
+            raise UsageError(f"--buffer-path {buffer_path}: {save_path} was distilled from another "
+                             "buffer; resume with that, or distil to another --save-path")
+    state, last_epoch = saved, saved.get("last_epoch", 0)
+    global_step = last_saved = start_step = last_epoch * len(train_rows)
+    run_name = saved.get("run_name") or new_run(env_id, args)
+    logger = Logger(run_name, args, env_id, global_step, saved.get("wandb_id"))
+    at_exit.callback(logger.close)
+    if args.resume:
+        print(f"resumed     {save_path} after epoch {last_epoch}" if saved else
+              f"resume      {save_path} is not there yet, so distillation starts anew")
     print(f"run         runs/{run_name} on {device}, {args.epochs} epochs of {len(train_rows):,} "
           f"samples, {len(held_out_rows):,} held out")
 
-    global_step = 0
-    validation = validate(agent, get_batch, held_out_rows)
-    logger.log(validation, 0)
-    print(f"epoch 0     held-out KL {validation['validation/kl']:.4f}, agreement "
-          f"{validation['validation/agreement']:.1%}")
-    best_kl, best = math.inf, None
+    def save(evaluation=None):
+        """Write the student, and the state after the last whole epoch, to `save_path`."""
+        save_checkpoint(save_path, {
+            **state, "format_version": 1, **identity, "num_actions": len(action_meanings),
+            "args": vars(args), "evaluation": evaluation, "run_name": run_name,
+            "wandb_id": logger.wandb_id, "teacher": buffer["meta"]["teacher"],
+            "buffer_sha256": sha256})
+
+    def try_to_save():
+        """Save; where that fails, warn, and leave it to the next attempt."""
+        nonlocal last_saved
+        try:
+            save()
+            last_saved = state["last_epoch"] * len(train_rows)
+        except OSError as error:
+            print(f"\nwarning: epoch {state['last_epoch']} not saved: {error}", file=sys.stderr)
+
+    def save_when_stopped(kind, *_):
+        """Save what is whole, if a signal ends the script."""
+        if kind is KeyboardInterrupt and state:
+            if state["last_epoch"] * len(train_rows) > last_saved:
+                try_to_save()
+            tell_how_to_go_on(save_path, f"epoch {last_saved // len(train_rows)}")
+
+    if not saved:
+        validation = validate(agent, get_batch, held_out_rows)
+        logger.log(validation, 0)
+        print(f"epoch 0     held-out KL {validation['validation/kl']:.4f}, agreement "
+              f"{validation['validation/agreement']:.1%}")
     start_time = time.time()
-    bar = tqdm(total=args.epochs * len(train_rows), desc="distil", unit="sample",
-               dynamic_ncols=True, mininterval=1)
-    for epoch in range(1, args.epochs + 1):
+    bar = at_exit.enter_context(
+        tqdm(total=args.epochs * len(train_rows), initial=global_step, desc="distil",
+             unit="sample", dynamic_ncols=True, mininterval=1))
+    at_exit.push(save_when_stopped)
+    for epoch in range(last_epoch + 1, args.epochs + 1):
+        if state and 0 < args.early_stop_patience <= state["last_epoch"] - state["epoch"]:
+            break
         order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
         sums = torch.zeros(2, device=device)
         batches = torch.from_numpy(order).to(device).split(args.batch_size)
@@ -721,69 +1033,68 @@ def main(args):
                 optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
             sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef)
             bar.update(len(rows))
-        global_step += len(train_rows)
         kl, value_error = (sums / len(train_rows)).tolist()
-        if not math.isfinite(kl + args.value_coef * value_error):
+        # a gradient that is not finite leaves weights that are not, even after a finite loss
+        if not (math.isfinite(kl + args.value_coef * value_error)
+                and all(parameter.isfinite().all() for parameter in agent.parameters())):
             bar.close()
+            kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
             raise UsageError(f"distillation diverged in epoch {epoch}, KL {kl}, value error "
-                             f"{value_error}; no checkpoint was written; lower --learning-rate")
-        sps = global_step / (time.time() - start_time)
+                             f"{value_error}; {kept}; lower --learning-rate")
         validation = validate(agent, get_batch, held_out_rows)
+        global_step += len(train_rows)
+        sps = (global_step - start_step) / (time.time() - start_time)
         logger.log({"losses/kl": kl, "losses/value_loss": 0.5 * value_error, **validation,
                     "charts/learning_rate": optimizer.param_groups[0]["lr"],
                     "charts/epoch": epoch, "charts/SPS": sps}, global_step)
         held_out_kl = validation["validation/kl"]
         bar.set_postfix_str(f"epoch {epoch}, held-out KL {held_out_kl:.4f}", refresh=False)
-        state = {"epoch": epoch, "global_step": global_step, "validation": validation,
-                 "model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        if args.early_stop_patience:
-            if held_out_kl < best_kl:
-                best_kl, best = held_out_kl, copy.deepcopy(state)
-            elif epoch - best["epoch"] >= args.early_stop_patience:
-                break
+        last = training_state(agent, optimizer)
+        student = {"epoch": epoch, "global_step": global_step, "validation": validation,
+                   "model": last["model"]}
+        if (state and args.early_stop_patience
+                and held_out_kl >= state["validation"]["validation/kl"]):
+            student = {name: state[name] for name in student}
+        state = {**last, "last_model": last["model"], "last_epoch": epoch, **student}
+        if global_step - last_saved >= args.checkpoint_interval:
+            try_to_save()
     bar.close()
-    print(f"epoch {epoch:<5} held-out KL {held_out_kl:.4f}, agreement "
+    if global_step > last_saved:
+        try_to_save()
+    agent.load_state_dict(state["model"])
+    validation = state["validation"]
+    print(f"epoch {state['epoch']:<5} held-out KL {validation['validation/kl']:.4f}, agreement "
           f"{validation['validation/agreement']:.1%}, entropy gap "
           f"{validation['validation/entropy_gap']:+.4f}")
-    if best is not None:
-        state = best
-        agent.load_state_dict(state["model"])
-        print(f"kept        the weights of epoch {state['epoch']}, held-out KL {best_kl:.4f}")
+    if state["epoch"] < state["last_epoch"]:
+        print(f"kept        the weights of epoch {state['epoch']} of {state['last_epoch']}")
 
-    identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
-                "checkpoint": save_path}
-    teacher = buffer["meta"]["teacher"]
-
-    def save(evaluation):
-        """Write the student, and all that further distillation would need, to `save_path`."""
-        rng = {"torch": torch.get_rng_state(),
-               "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        with atomic_write(save_path) as file:
-            torch.save({"format_version": 1, **identity, **state, "teacher": teacher,
-                        "num_actions": len(action_meanings), "args": vars(args),
-                        "evaluation": evaluation, "run_name": run_name, "rng": rng}, file)
-
-    save(evaluation=None)
     result = None
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
-        save(result)
+        save(evaluation=result)
         logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
         print(f"wrote       runs/{run_name}/eval.json")
+    elif global_step > last_saved:
+        save()
     logger.close()
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
     print("curves      tensorboard --logdir runs")
-    print(f"next        python finetune_student.py --env-id {env_id} --student-path {save_path}")
-    print(f"student     {share_of_teacher(result, teacher)}")
+    print(f"next        python finetune_student.py --env-id {env_id} --student-path "
+          f"{shlex.quote(save_path)}")
+    print(f"student     {share_of_teacher(result, buffer['meta']['teacher'])}")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    catch_stops()
     try:
-        main(tyro.cli(Args))
-    except (UsageError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.ExitStack() as at_exit:
+            main(tyro.cli(Args), at_exit)
+    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; no checkpoint was written", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("stopped by a signal", file=sys.stderr)
+        sys.exit(128 + (*stop.args, signal.SIGINT)[0])

@@ -18,15 +18,23 @@ import contextlib
 import difflib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -46,8 +54,8 @@ class Args:
     """name of this experiment, part of the run's name; no slash"""
     seed: int = 1
     """seed of the games and the sampled actions; 0 or more"""
-    cuda: bool = True
-    """use a CUDA GPU when there is one"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -185,8 +193,9 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
-        # channels_last is the layout in which small convolutions are fastest on a CPU
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
+        # are cheaper to rearrange than floats
+        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
         hidden = self.network(x)
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
@@ -196,36 +205,106 @@ def sample_actions(logits, generator=None):
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
+def catch_stops():
+    """Let a first SIGINT or SIGTERM raise KeyboardInterrupt(its number), a second leave at once.
+
+    It is raised in this file's own code, where it is certain to end the script: some libraries
+    swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
+    """
+    def leave(number, frame):
+        os._exit(128 + number)
+
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, leave)
+        deadline = time.monotonic() + 2
+
+        def attempt(_, frame):
+            own = frame is not None and frame.f_code.co_filename == stop.__code__.co_filename
+            if own or time.monotonic() > deadline:
+                raise KeyboardInterrupt(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+
+        signal.signal(signal.SIGALRM, attempt)
+        attempt(number, frame)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+class Unbreakable:
+    """A text stream that drops what cannot be written, as when Ctrl-C has ended `tee` first."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write and flush, or drop."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self):
+        """Do nothing: `write` has flushed."""
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open a file that stands at `path` whole when the block ends, and not at all if it raises."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a file that stands at `path` whole when the block ends, and not at all if it raises.
+
+    An OSError of the block is raised again with the name of the file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and the file that it names is replaced
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def check_output(path, overwrite):
+def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
+    What killed processes left of earlier attempts to write it is removed.
+
+    Args:
+        path: file to write.
+        overwrite: whether it may exist already.
+        inputs: paths that are read, and so must not be it.
+
     Raises:
-        UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
+        UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))
     try:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; name a file")
-        if path.exists() and not overwrite:
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{path}: is a folder or a device; name a file")
+        if str(target) in map(os.path.realpath, inputs):
+            raise UsageError(f"{path}: is read as well; name another file to write")
+        if target.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for file in target.parent.glob(".*.tmp"):
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
+        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -266,8 +345,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight
-            if archive.testzip() is not None:
+            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+            # without compression, so a member that is larger than the file is a trap
+            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
+                    or archive.testzip() is not None):
                 raise ValueError("CRC mismatch")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can make the parsers raise anything
@@ -275,24 +356,44 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
-            or not isinstance(checkpoint["args"], dict)
-            or not isinstance(checkpoint["global_step"], int)):
-        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
+    try:
+        # all but weights, optimiser and random state is plain, to be compared and printed safely
+        plain = {name: value for name, value in checkpoint.items()
+                 if name not in ("model", "last_model", "optimizer", "rng")}
+        # lazily, as a small file can name the same list over and over, a list of such lists, ...
+        encoded = itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)
+        teacher = plain.get("teacher") or {"evaluation": None}
+        results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
+        numbers = [result["mean"] for result in results if result is not None]
+        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
+            numbers.append(plain["validation"][f"validation/{name}"])
+        counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
+        if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
+                or not isinstance(plain["args"], dict)
+                or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                or not all(type(x) is int and x >= 0 for x in counts)
+                or not all(result is None or "greedy" in result for result in results)):
+            raise ValueError
+    except Exception:
+        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`"
+                         ) from None
     if checkpoint["format_version"] != 1:
         raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
-        raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
-                         f"pass --env-id {checkpoint['env_id']}")
+        raise UsageError(f"{path}: belongs to {checkpoint['env_id']!r:.60}, not to {env_id}; "
+                         f"pass --env-id {checkpoint['env_id']!r:.60}")
     if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
-                         "leave out --capacity")
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']!r:.60} network, not {capacity}; "
+                         "pass the --capacity that it holds")
     try:
+        weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
+        if {x.dtype for x in weights} != {torch.float32}:
+            raise ValueError("load_state_dict would convert them in silence")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
-        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']} network with "
-                         f"{num_actions} actions; make it anew with `{made_by}`") from None
+        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']!r:.60} network "
+                         f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
     return checkpoint, agent
@@ -301,41 +402,69 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
 class Logger:
     """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
 
+    A run is worth more than its log: where one of the two fails, a warning is all that happens.
+
     Args:
         run_name: unique name, no slash.
         args: dataclass of flags, which are recorded; track and wandb_* are read.
         group: W&B's group, the game.
-        purge_step: on a resume, the first step whose earlier events TensorBoard drops.
+        global_step: where the run goes on; TensorBoard drops what was logged after it.
+        wandb_id: on a resume, the `wandb_id` of before: an online W&B run goes on under it, while
+            an offline one cannot, so that a new one of the same name and group follows it.
     """
 
-    def __init__(self, run_name, args, group, purge_step=None):
-        self.writer = SummaryWriter(f"runs/{run_name}", purge_step=purge_step)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}", purge_step or 0)
-        self.wandb_run = None
-        if args.track:
-            try:
+    def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
+        self.folder, self.tensorboard, self.warned = f"runs/{run_name}", None, []
+        self.wandb = self.wandb_id = None
+        with self.tolerate("tensorboard"):
+            self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
+            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            table = f"|flag|value|\n|-|-|\n{rows}"
+            self.tensorboard.add_text("hyperparameters", table, global_step)
+        with self.tolerate("wandb"):
+            if args.track:
                 import wandb
 
-                self.wandb_run = wandb.init(
+                online = wandb.setup().settings.mode == "online"
+                again = {"id": wandb_id, "resume": "allow"} if online and wandb_id else {}
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
-                    group=group, job_type=args.exp_name, config=vars(args), save_code=True)
-                self.wandb_run.define_metric("*", step_metric="global_step")
-            except Exception as error:  # a run is worth more than its mirror
-                print(f"warning: no W&B, TensorBoard only: {error}", file=sys.stderr)
+                    group=group, job_type=args.exp_name, config=vars(args), save_code=True, **again)
+                self.wandb.define_metric("*", step_metric="global_step")
+                self.wandb_id = self.wandb.id if online else None
+
+    @contextlib.contextmanager
+    def tolerate(self, part):
+        """Turn an error of one part of the log into a warning, given once, and drop that part."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, part, None)
+            if part not in self.warned:
+                self.warned.append(part)
+                print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
 
     def log(self, metrics, global_step):
         """Record a dict of numbers by name, at a step that never goes back."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
-        if self.wandb_run is not None:
-            self.wandb_run.log({**metrics, "global_step": global_step})
+        with self.tolerate("tensorboard"):
+            if shutil.disk_usage(self.folder).free < 2**20:  # its thread would die of a full disk
+                raise OSError("less than 1 MB is free; it goes on when there is more")
+            self.tensorboard = self.tensorboard or SummaryWriter(self.folder)
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.flush()  # a killed process loses nothing that was logged
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.log({**metrics, "global_step": global_step})
 
     def close(self):
-        """Write out what is still pending."""
-        self.writer.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        """End the log, and with it the W&B run."""
+        with self.tolerate("tensorboard"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def new_run(env_id, args):
@@ -344,8 +473,8 @@ def new_run(env_id, args):
     Raises:
         UsageError: if exp_name holds a slash.
     """
-    if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
-        raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
+    if not re.fullmatch(r"[^/\\\0]{1,100}", args.exp_name):
+        raise UsageError(f"--exp-name {args.exp_name:.100}: must be 1 to 100 letters, no slash")
     name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     while Path("runs", name).exists():
         name += "-2"
@@ -354,11 +483,17 @@ def new_run(env_id, args):
 
 
 def set_up_torch(args):
-    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for.
+
+    Raises:
+        UsageError: if that is a GPU and there is none.
+    """
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA GPU here; pass --device cpu or auto")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
@@ -378,10 +513,11 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
         on_game_end: called with (samples so far, raw return, length in steps) at each game's end.
 
     Returns:
-        The buffer's arrays by name, without `meta`: frames uint8 [N + 1, 84, 84], stack_index int32
-        [N, 4], action_probs float32 [N, A], values float32 [N], actions uint8 [N], rewards float32
-        [N], dones bool [N], env_index and episode_index int32 [N], and episode_returns float32 [E],
-        NaN for a game that was cut off.
+        Two things. The buffer's arrays by name, without `meta`: frames uint8 [N + 1, 84, 84],
+        stack_index int32 [N, 4], action_probs float32 [N, A], values float32 [N], actions uint8
+        [N], rewards float32 [N], dones bool [N], env_index and episode_index int32 [N], and
+        episode_returns float32 [E], NaN for a game that was cut off. And None, or the
+        KeyboardInterrupt that cut the recording short, N then being smaller than asked for.
     """
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -397,43 +533,63 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
     obs, _ = envs.reset(seed=game_seeds(num_envs, seed, 2))
     age = np.zeros(num_envs, np.int64)
     frames_back = np.array([3, 2, 1, 0])
-    recorded = 0
+    recorded, steps, stopped = 0, 0, None
     with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
               mininterval=1) as bar:
-        for t in range(stretch[0]):
-            logits, value = agent(torch.from_numpy(obs).to(device))
-            action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
-            action = action.cpu().numpy()
-            envs.send(action)
-            e = np.flatnonzero(t < stretch)  # the later slots may have one sample less to record
-            row = first[e] + t
-            frames[row + 1] = obs[e, 3]
-            in_game = frames_back <= age[e, None]
-            stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
-            action_probs[row] = logits.softmax(-1).cpu().numpy()[e]
-            values[row] = value.cpu().numpy()[e]
-            actions[row] = action[e]
-            obs, reward, terminated, truncated, _ = envs.recv()
-            ended = terminated | truncated
-            rewards[row], dones[row] = reward[e], ended[e]
-            recorded += len(e)
-            bar.update(len(e))
-            for i in np.flatnonzero(ended[e]):
-                game = rewards[row[i] - age[i]:row[i] + 1]
-                on_game_end(recorded, float(game.sum()), len(game))
-            age = np.where(ended, 0, age + 1)
+        try:
+            for t in range(stretch[0]):
+                logits, value = agent(torch.from_numpy(obs).to(device))
+                action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+                action = action.cpu().numpy()
+                envs.send(action)
+                e = np.flatnonzero(t < stretch)  # later slots may have one sample less to record
+                row = first[e] + t
+                frames[row + 1] = obs[e, 3]
+                in_game = frames_back <= age[e, None]
+                stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
+                action_probs[row] = logits.softmax(-1).cpu().numpy()[e]
+                values[row] = value.cpu().numpy()[e]
+                actions[row] = action[e]
+                obs, reward, terminated, truncated, _ = envs.recv()
+                ended = terminated | truncated
+                rewards[row], dones[row] = reward[e], ended[e]
+                steps = t + 1
+                recorded += len(e)
+                bar.update(len(e))
+                for i in np.flatnonzero(ended[e]):
+                    game = rewards[row[i] - age[i]:row[i] + 1]
+                    on_game_end(recorded, float(game.sum()), len(game))
+                age = np.where(ended, 0, age + 1)
+        except KeyboardInterrupt as stop:
+            if steps == 0:
+                raise
+            stopped = stop
+
+    samples = {"stack_index": stack_index, "action_probs": action_probs, "values": values,
+               "actions": actions, "rewards": rewards, "dones": dones}
+    if stopped is not None:  # close up the gaps that the slots' unfilled ends leave
+        stretch = np.minimum(stretch, steps)
+        for old, new, length in zip(first, np.cumsum(stretch) - stretch, stretch):
+            index = stack_index[old:old + length]
+            index[index > 0] -= old - new
+            for array in (frames[1:], *samples.values()):
+                array[new:new + length] = array[old:old + length]
+        num_samples, first = int(stretch.sum()), np.cumsum(stretch) - stretch
+        frames = frames[:num_samples + 1]
+        samples = {name: array[:num_samples] for name, array in samples.items()}
 
     # a slot's stretch begins with a new game, and so does the sample after a game's end
+    dones = samples["dones"]
     starts = np.append(True, dones[:-1])
     starts[first[stretch > 0]] = True
     game_start = np.flatnonzero(starts)
     finished = dones[np.append(game_start[1:], num_samples) - 1]
-    episode_returns = np.add.reduceat(rewards, game_start, dtype=np.float64)
-    return {"frames": frames, "stack_index": stack_index, "action_probs": action_probs,
-            "values": values, "actions": actions, "rewards": rewards, "dones": dones,
+    episode_returns = np.add.reduceat(samples["rewards"], game_start, dtype=np.float64)
+    return {"frames": frames, **samples,
             "env_index": np.repeat(np.arange(num_envs, dtype=np.int32), stretch),
             "episode_index": np.cumsum(starts, dtype=np.int32) - np.int32(1),
-            "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)}
+            "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)
+            }, stopped
 
 
 def save_buffer(path, arrays):
@@ -458,12 +614,13 @@ def save_buffer(path, arrays):
                     bar.update(len(content[start:start + chunk]))
 
 
-def main(args):
+def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
                 repeat_action_probability=(0, 1))
     device = set_up_torch(args)
     envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    at_exit.callback(envs.close)
     teacher_path = args.teacher_path or default_path(
         f"checkpoints/{env_id}/ppo_high.pt", f"{env_id}/ppo_high.pt")
     buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
@@ -471,50 +628,62 @@ def main(args):
                                         f"python ppo_atari_teacher.py --env-id {env_id}")
     with open(teacher_path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    check_output(buffer_path, args.overwrite)
+    check_output(buffer_path, args.overwrite, teacher_path)
     run_name = new_run(env_id, args)
     logger = Logger(run_name, args, env_id)
+    at_exit.callback(logger.close)
     print(f"run         runs/{run_name} on {device}, {args.num_samples:,} steps of {teacher_path}")
 
+    # nothing slow comes between recording and writing, where a signal would lose the recording
+    action_meanings = [action.name for action in envs.ale.get_action_set()]
+    versions = {name: importlib.metadata.version(name)
+                for name in ("torch", "numpy", "ale-py", "gymnasium")}
     start_time = time.time()
-    arrays = collect(
+    arrays, stopped = collect(
         agent.to(device, memory_format=torch.channels_last), envs, args.num_samples, args.seed,
         args.greedy, lambda samples, game_return, length: logger.log(
             {"charts/episodic_return": game_return, "charts/episodic_length": length,
              "charts/SPS": samples / (time.time() - start_time)}, samples))
-    action_meanings = [action.name for action in envs.ale.get_action_set()]
-    envs.close()
-    packages = ("torch", "numpy", "ale-py", "gymnasium")
+    samples = len(arrays["actions"])
     meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
             "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
             "repeat_action_probability": args.repeat_action_probability, "greedy": args.greedy,
-            "steps": args.num_samples, "capacity": checkpoint["capacity"],
+            "steps": samples, "capacity": checkpoint["capacity"],
             "teacher": {"path": teacher_path, "sha256": sha256, "phase": checkpoint["phase"],
                         "capacity": checkpoint["capacity"], "steps": checkpoint["global_step"],
                         "evaluation": checkpoint["evaluation"]},
-            "versions": {name: importlib.metadata.version(name) for name in packages}}
+            "versions": versions}
     arrays["meta"] = np.array(json.dumps(meta))
-    save_buffer(buffer_path, arrays)
+    try:
+        save_buffer(buffer_path, arrays)
+    except KeyboardInterrupt as stop:  # what is recorded gets written, unless a second one comes
+        stopped = stop
+        save_buffer(buffer_path, arrays)
 
     game_returns = arrays["episode_returns"][~np.isnan(arrays["episode_returns"])]
-    logger.close()
     size = Path(buffer_path).stat().st_size
     print(f"games       {len(game_returns)} finished, {len(arrays['episode_returns'])} begun"
           + (f"; mean return of the finished ones {game_returns.mean():.2f}, which favours short "
              "games: it is not an evaluation" if len(game_returns) else ""))
-    print(f"wrote       {buffer_path}, {args.num_samples:,} samples, {size / 1e6:.1f} MB on disk, "
-          f"{size / args.num_samples:.0f} bytes a sample, "
+    print(f"wrote       {buffer_path}, {samples:,} samples, {size / 1e6:.1f} MB on disk, "
+          f"{size / samples:.0f} bytes a sample, "
           f"{sum(array.nbytes for array in arrays.values()) / 1e6:,.0f} MB in memory")
-    print(f"next        python actor_distill.py --env-id {env_id} --buffer-path {buffer_path}")
+    print(f"next        python actor_distill.py --env-id {env_id} --buffer-path "
+          f"{shlex.quote(buffer_path)}")
+    if stopped is not None:
+        raise stopped
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    catch_stops()
     try:
-        main(tyro.cli(Args))
-    except (UsageError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.ExitStack() as at_exit:
+            main(tyro.cli(Args), at_exit)
+    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("stopped by a signal", file=sys.stderr)
+        sys.exit(128 + (*stop.args, signal.SIGINT)[0])

@@ -15,17 +15,26 @@ this file is in steps, summed over the games that are played at once.
 """
 
 import contextlib
+import copy
 import difflib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -45,8 +54,8 @@ class Args:
     """name of this experiment, part of the run's name; no slash"""
     seed: int = 1
     """seed of the games, the initial weights, the actions and the minibatches; 0 or more"""
-    cuda: bool = True
-    """use a CUDA GPU when there is one"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -62,7 +71,8 @@ class Args:
     checkpoint_interval: int = 1_000_000
     """save at the end of an iteration when this many steps have passed since the last save"""
     resume: bool = False
-    """go on from `save_path`: same weights, optimiser, random state and step; new games"""
+    """go on from `save_path`: same weights, optimiser, random state and step, new games; start anew
+    where nothing is saved yet"""
     overwrite: bool = False
     """replace `save_path` if it exists"""
 
@@ -222,8 +232,9 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
-        # channels_last is the layout in which small convolutions are fastest on a CPU
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
+        # are cheaper to rearrange than floats
+        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
         hidden = self.network(x)
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
@@ -233,36 +244,106 @@ def sample_actions(logits, generator=None):
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
+def catch_stops():
+    """Let a first SIGINT or SIGTERM raise KeyboardInterrupt(its number), a second leave at once.
+
+    It is raised in this file's own code, where it is certain to end the script: some libraries
+    swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
+    """
+    def leave(number, frame):
+        os._exit(128 + number)
+
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, leave)
+        deadline = time.monotonic() + 2
+
+        def attempt(_, frame):
+            own = frame is not None and frame.f_code.co_filename == stop.__code__.co_filename
+            if own or time.monotonic() > deadline:
+                raise KeyboardInterrupt(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+
+        signal.signal(signal.SIGALRM, attempt)
+        attempt(number, frame)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+class Unbreakable:
+    """A text stream that drops what cannot be written, as when Ctrl-C has ended `tee` first."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write and flush, or drop."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self):
+        """Do nothing: `write` has flushed."""
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open a file that stands at `path` whole when the block ends, and not at all if it raises."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a file that stands at `path` whole when the block ends, and not at all if it raises.
+
+    An OSError of the block is raised again with the name of the file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and the file that it names is replaced
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def check_output(path, overwrite):
+def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
+    What killed processes left of earlier attempts to write it is removed.
+
+    Args:
+        path: file to write.
+        overwrite: whether it may exist already.
+        inputs: paths that are read, and so must not be it.
+
     Raises:
-        UsageError: if it exists and `overwrite` is false, is a folder, or lies where none can be.
+        UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))
     try:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; name a file")
-        if path.exists() and not overwrite:
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{path}: is a folder or a device; name a file")
+        if str(target) in map(os.path.realpath, inputs):
+            raise UsageError(f"{path}: is read as well; name another file to write")
+        if target.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for file in target.parent.glob(".*.tmp"):
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
+        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -289,8 +370,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight
-            if archive.testzip() is not None:
+            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+            # without compression, so a member that is larger than the file is a trap
+            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
+                    or archive.testzip() is not None):
                 raise ValueError("CRC mismatch")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can make the parsers raise anything
@@ -298,24 +381,44 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation"}
-    if (not isinstance(checkpoint, dict) or not needed <= checkpoint.keys()
-            or not isinstance(checkpoint["args"], dict)
-            or not isinstance(checkpoint["global_step"], int)):
-        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`")
+    try:
+        # all but weights, optimiser and random state is plain, to be compared and printed safely
+        plain = {name: value for name, value in checkpoint.items()
+                 if name not in ("model", "last_model", "optimizer", "rng")}
+        # lazily, as a small file can name the same list over and over, a list of such lists, ...
+        encoded = itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)
+        teacher = plain.get("teacher") or {"evaluation": None}
+        results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
+        numbers = [result["mean"] for result in results if result is not None]
+        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
+            numbers.append(plain["validation"][f"validation/{name}"])
+        counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
+        if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
+                or not isinstance(plain["args"], dict)
+                or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                or not all(type(x) is int and x >= 0 for x in counts)
+                or not all(result is None or "greedy" in result for result in results)):
+            raise ValueError
+    except Exception:
+        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`"
+                         ) from None
     if checkpoint["format_version"] != 1:
         raise UsageError(f"{path}: this script reads format version 1; update the script")
     if checkpoint["env_id"] != env_id:
-        raise UsageError(f"{path}: belongs to {checkpoint['env_id']}, not to {env_id}; "
-                         f"pass --env-id {checkpoint['env_id']}")
+        raise UsageError(f"{path}: belongs to {checkpoint['env_id']!r:.60}, not to {env_id}; "
+                         f"pass --env-id {checkpoint['env_id']!r:.60}")
     if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']} network, not {capacity}; "
-                         "leave out --capacity")
+        raise UsageError(f"{path}: holds a {checkpoint['capacity']!r:.60} network, not {capacity}; "
+                         "pass the --capacity that it holds")
     try:
+        weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
+        if {x.dtype for x in weights} != {torch.float32}:
+            raise ValueError("load_state_dict would convert them in silence")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
-        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']} network with "
-                         f"{num_actions} actions; make it anew with `{made_by}`") from None
+        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']!r:.60} network "
+                         f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
     return checkpoint, agent
@@ -414,41 +517,69 @@ def evaluate(agent, rom, args, identity, path):
 class Logger:
     """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
 
+    A run is worth more than its log: where one of the two fails, a warning is all that happens.
+
     Args:
         run_name: unique name, no slash.
         args: dataclass of flags, which are recorded; track and wandb_* are read.
         group: W&B's group, the game.
-        purge_step: on a resume, the first step whose earlier events TensorBoard drops.
+        global_step: where the run goes on; TensorBoard drops what was logged after it.
+        wandb_id: on a resume, the `wandb_id` of before: an online W&B run goes on under it, while
+            an offline one cannot, so that a new one of the same name and group follows it.
     """
 
-    def __init__(self, run_name, args, group, purge_step=None):
-        self.writer = SummaryWriter(f"runs/{run_name}", purge_step=purge_step)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}", purge_step or 0)
-        self.wandb_run = None
-        if args.track:
-            try:
+    def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
+        self.folder, self.tensorboard, self.warned = f"runs/{run_name}", None, []
+        self.wandb = self.wandb_id = None
+        with self.tolerate("tensorboard"):
+            self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
+            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            table = f"|flag|value|\n|-|-|\n{rows}"
+            self.tensorboard.add_text("hyperparameters", table, global_step)
+        with self.tolerate("wandb"):
+            if args.track:
                 import wandb
 
-                self.wandb_run = wandb.init(
+                online = wandb.setup().settings.mode == "online"
+                again = {"id": wandb_id, "resume": "allow"} if online and wandb_id else {}
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
-                    group=group, job_type=args.exp_name, config=vars(args), save_code=True)
-                self.wandb_run.define_metric("*", step_metric="global_step")
-            except Exception as error:  # a run is worth more than its mirror
-                print(f"warning: no W&B, TensorBoard only: {error}", file=sys.stderr)
+                    group=group, job_type=args.exp_name, config=vars(args), save_code=True, **again)
+                self.wandb.define_metric("*", step_metric="global_step")
+                self.wandb_id = self.wandb.id if online else None
+
+    @contextlib.contextmanager
+    def tolerate(self, part):
+        """Turn an error of one part of the log into a warning, given once, and drop that part."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, part, None)
+            if part not in self.warned:
+                self.warned.append(part)
+                print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
 
     def log(self, metrics, global_step):
         """Record a dict of numbers by name, at a step that never goes back."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
-        if self.wandb_run is not None:
-            self.wandb_run.log({**metrics, "global_step": global_step})
+        with self.tolerate("tensorboard"):
+            if shutil.disk_usage(self.folder).free < 2**20:  # its thread would die of a full disk
+                raise OSError("less than 1 MB is free; it goes on when there is more")
+            self.tensorboard = self.tensorboard or SummaryWriter(self.folder)
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.flush()  # a killed process loses nothing that was logged
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.log({**metrics, "global_step": global_step})
 
     def close(self):
-        """Write out what is still pending."""
-        self.writer.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        """End the log, and with it the W&B run."""
+        with self.tolerate("tensorboard"):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        with self.tolerate("wandb"):
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def new_run(env_id, args):
@@ -457,8 +588,8 @@ def new_run(env_id, args):
     Raises:
         UsageError: if exp_name holds a slash.
     """
-    if not re.fullmatch(r"[^/\\\0]+", args.exp_name):
-        raise UsageError(f"--exp-name {args.exp_name}: must be a name without a slash")
+    if not re.fullmatch(r"[^/\\\0]{1,100}", args.exp_name):
+        raise UsageError(f"--exp-name {args.exp_name:.100}: must be 1 to 100 letters, no slash")
     name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     while Path("runs", name).exists():
         name += "-2"
@@ -467,11 +598,17 @@ def new_run(env_id, args):
 
 
 def set_up_torch(args):
-    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for."""
+    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for.
+
+    Raises:
+        UsageError: if that is a GPU and there is none.
+    """
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA GPU here; pass --device cpu or auto")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def gae(rewards, values, ends, bootstraps, last_values, gamma, gae_lambda):
@@ -553,37 +690,86 @@ def ppo_update(agent, optimizer, obs, *batch, max_grad_norm, **coefficients):
     return statistics
 
 
-def load_optimizer(optimizer, state):
-    """Load Adam's saved state, each moment in the memory layout of its parameter.
-
-    Fused Adam pairs weights and moments by their place in memory: a moment in another layout than
-    its channels_last weight would move the wrong weights, without any error.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all; a full disk raises OSError, as for any file."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
 
 
-def check_resumable(path, saved, args, phase):
-    """Make sure that a checkpoint is of this phase and can be resumed with these flags.
+def restore(path, saved, phase, args, agent, optimizer, free=()):
+    """Go on where a checkpoint was saved: put back weights, Adam's moments and random states.
+
+    Each moment gets its parameter's memory layout. Fused Adam pairs them by their place in memory:
+    a moment in another layout than its channels_last weight would move the wrong weights, without
+    any error.
+
+    Args:
+        path, saved: the checkpoint's file and content.
+        phase: that the checkpoint must be of.
+        args: the flags now; those that shape training must equal the saved ones.
+        agent, optimizer: what is changed, besides torch's generators.
+        free: further flags that may differ.
 
     Raises:
-        UsageError: if not, if it holds no optimiser, or if a flag that shapes training differs.
+        UsageError: if the checkpoint or a flag does not fit.
     """
-    if saved["phase"] != phase or not {"optimizer", "rng", "run_name"} <= saved.keys():
+    needed = {"optimizer", "rng", "run_name"}
+    if phase == "distilled":
+        needed |= {"epoch", "validation", "last_epoch", "last_model"}
+    if (saved["phase"] != phase or not needed <= saved.keys()
+            or not re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", str(saved["run_name"]))):
         raise UsageError(f"{path}: holds no {phase} training to go on with; name another "
                          "--save-path")
-    free = {"total_timesteps", "checkpoint_interval", "save_path", "resume", "overwrite", "env_id",
-            "cuda", "track", "wandb_project_name", "wandb_entity", "eval_steps", "eval_greedy"}
+    free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
+            "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
+            "wandb_entity", "eval_steps", "eval_greedy", "eval_only", *free}
     for name, value in vars(args).items():
         if name not in free and (before := saved["args"].get(name)) != value:
             flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value}: {path} was trained with {before}; resume with "
-                             "that, or train to another --save-path")
+            raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
+                             "with that, or train to another --save-path")
+    try:
+        # a student's weights may be those of an earlier epoch than the last
+        agent.load_state_dict(saved.get("last_model", saved["model"]))
+        parameters = list(agent.parameters())
+        for i, moments in saved["optimizer"]["state"].items():
+            kept = {"step": torch.tensor(float(moments["step"]), device=parameters[i].device)}
+            for name in ("exp_avg", "exp_avg_sq"):
+                if (moments[name].shape, moments[name].dtype) != (
+                        parameters[i].shape, torch.float32):
+                    raise ValueError(f"{name} {i} is of another shape or type")
+                kept[name] = torch.empty_like(parameters[i]).copy_(moments[name].detach())
+            if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
+                    and kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all()):
+                raise ValueError(f"moments {i} are not finite or negative")
+            optimizer.state[parameters[i]] = kept
+        if not optimizer.state:
+            raise ValueError("no moments")
+        torch.set_rng_state(saved["rng"]["torch"])
+        if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    except Exception as error:
+        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); train to "
+                         "another --save-path") from None
 
 
-def main(args):
+def training_state(agent, optimizer):
+    """A copy of weights, optimiser and random states: all that later updates depend on."""
+    cuda = torch.cuda.get_rng_state() if agent.critic.weight.is_cuda else None
+    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict(),
+                          "rng": {"torch": torch.get_rng_state(), "cuda": cuda}})
+
+
+def tell_how_to_go_on(path, progress):
+    """Print, after a signal, what `path` holds and the command that goes on from there."""
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    print(f"\nstopped     {path} holds {progress}; to go on:\n"
+          f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
+
+
+def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(
         args, seed=(0, 2**63 - 1), checkpoint_interval=(1, 10**12), num_envs=(1, 1024),
@@ -595,13 +781,18 @@ def main(args):
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide {batch_size}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if batch_size * 4 * 84 * 84 > memory:
+        raise UsageError(f"--num-steps {args.num_steps}: a rollout would take "
+                         f"{batch_size * 4 * 84 * 84 / 1e9:,.0f} GB of memory; lower it or "
+                         "--num-envs")
     device = set_up_torch(args)
     envs = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
+    at_exit.callback(envs.close)
     num_actions = int(envs.single_action_space.n)
     made_by = f"python ppo_atari_teacher.py --env-id {env_id} --capacity {args.capacity}"
 
     if args.eval_only is not None:
-        envs.close()
         saved, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
         path = f"runs/{new_run(env_id, args)}/eval.json"
         identity = {name: saved[name] for name in ("env_id", "phase", "capacity")}
@@ -615,37 +806,46 @@ def main(args):
     agent = Agent(args.capacity, num_actions).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
+    saved = {}
     if args.resume and Path(save_path).exists():
-        saved, _ = load_checkpoint(save_path, env_id, num_actions, made_by)
-        check_resumable(save_path, saved, args, "ppo")
-        agent.load_state_dict(saved["model"])
-        load_optimizer(optimizer, saved["optimizer"])
-        torch.set_rng_state(saved["rng"]["torch"])
-        if device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
-        global_step, run_name = saved["global_step"], saved["run_name"]
-        logger = Logger(run_name, args, env_id, purge_step=global_step + 1)
-        print(f"resumed     {save_path} at step {global_step:,}")
-    else:
-        global_step, run_name = 0, new_run(env_id, args)
-        logger = Logger(run_name, args, env_id)
-        if args.resume:
-            print(f"resume      {save_path} is not there yet, so training starts anew")
+        saved, _ = load_checkpoint(save_path, env_id, num_actions, made_by + " --overwrite")
+        restore(save_path, saved, "ppo", args, agent, optimizer)
+    state, global_step = saved, saved.get("global_step", 0)
+    last_saved = start_step = global_step
+    run_name = saved.get("run_name") or new_run(env_id, args)
+    logger = Logger(run_name, args, env_id, global_step, saved.get("wandb_id"))
+    at_exit.callback(logger.close)
+    if args.resume:
+        print(f"resumed     {save_path} at step {global_step:,}" if saved else
+              f"resume      {save_path} is not there yet, so training starts anew")
     identity = {"env_id": env_id, "phase": "ppo", "capacity": args.capacity,
                 "checkpoint": save_path}
     num_iterations = args.total_timesteps // batch_size
     print(f"run         runs/{run_name} on {device}, {num_iterations:,} iterations of "
           f"{batch_size:,} steps")
 
-    def save(evaluation):
-        """Write the whole state of the training to `save_path`."""
-        rng = {"torch": torch.get_rng_state(),
-               "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        with atomic_write(save_path) as file:
-            torch.save({"format_version": 1, **identity, "num_actions": num_actions,
-                        "global_step": global_step, "model": agent.state_dict(),
-                        "args": vars(args), "evaluation": evaluation, "run_name": run_name,
-                        "optimizer": optimizer.state_dict(), "rng": rng}, file)
+    def save(evaluation=None):
+        """Write the state after the last whole iteration to `save_path`."""
+        save_checkpoint(save_path, {
+            **state, "format_version": 1, **identity, "num_actions": num_actions,
+            "args": vars(args), "evaluation": evaluation, "run_name": run_name,
+            "wandb_id": logger.wandb_id})
+
+    def try_to_save():
+        """Save; where that fails, warn, and leave it to the next attempt."""
+        nonlocal last_saved
+        try:
+            save()
+            last_saved = state["global_step"]
+        except OSError as error:
+            print(f"\nwarning: step {state['global_step']:,} not saved: {error}", file=sys.stderr)
+
+    def save_when_stopped(kind, *_):
+        """Save what is whole, if a signal ends the script."""
+        if kind is KeyboardInterrupt and state:
+            if state["global_step"] > last_saved:
+                try_to_save()
+            tell_how_to_go_on(save_path, f"step {last_saved:,}")
 
     rollout_shape = (args.num_steps, args.num_envs)
     obs = torch.empty((*rollout_shape, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -657,9 +857,10 @@ def main(args):
     frame_number = info["episode_frame_number"]
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
     recent_returns = []
-    start_step = last_saved = global_step
     start_time = time.time()
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", mininterval=1)
+    bar = at_exit.enter_context(tqdm(total=num_iterations * batch_size, initial=global_step,
+                                     unit="step", mininterval=1))
+    at_exit.push(save_when_stopped)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
         if args.anneal_lr:
             fraction_left = 1 - (iteration - 1) / num_iterations
@@ -719,12 +920,15 @@ def main(args):
                     break
 
         losses = torch.stack(statistics).mean(0).tolist()
-        if not all(map(math.isfinite, losses)):
-            bar.close()
-            raise UsageError(f"training diverged at step {global_step:,}, its losses are {losses}; "
-                             f"last saved at step {last_saved:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
+        # a gradient that is not finite leaves weights that are not, even after a finite loss
+        if not (all(map(math.isfinite, losses))
+                and all(parameter.isfinite().all() for parameter in agent.parameters())):
+            bar.close()
+            kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
+            raise UsageError(f"training diverged at step {global_step:,}, {metrics}; {kept}; lower "
+                             "--learning-rate")
         unexplained = (returns - values).var() / returns.var()
         metrics["losses/explained_variance"] = 1 - unexplained.item()
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -732,33 +936,39 @@ def main(args):
         logger.log(metrics, global_step)
         if recent_returns:
             bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
+        state = {**training_state(agent, optimizer), "global_step": global_step}
         if global_step - last_saved >= args.checkpoint_interval:
-            save(evaluation=None)
-            last_saved = global_step
+            try_to_save()
     bar.close()
     envs.close()
     if global_step > last_saved:
-        save(evaluation=None)
+        try_to_save()
 
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
-        save(result)
+        save(evaluation=result)
         logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
         print(f"wrote       runs/{run_name}/eval.json")
+    elif global_step > last_saved:
+        save()
     logger.close()
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB, trained for "
           f"{global_step:,} steps")
     print("curves      tensorboard --logdir runs")
-    print(f"next        python collect_buffer.py --env-id {env_id} --teacher-path {save_path}")
+    print(f"next        python collect_buffer.py --env-id {env_id} --teacher-path "
+          f"{shlex.quote(save_path)}")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    catch_stops()
     try:
-        main(tyro.cli(Args))
-    except (UsageError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.ExitStack() as at_exit:
+            main(tyro.cli(Args), at_exit)
+    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; with --resume it goes on from the last save", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("stopped by a signal", file=sys.stderr)
+        sys.exit(128 + (*stop.args, signal.SIGINT)[0])

@@ -1,5 +1,6 @@
-"""What the tests share: the scripts on the import path, a way to run them, and one real chain."""
+"""What the tests share: the scripts on the import path, ways to run them, and one real chain."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,12 @@ def run_script(folder, script, *flags):
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "COLUMNS": "200"}
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder,
                           env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_main(module, args):
+    """Run a script's `main` in this process, in the current folder."""
+    with contextlib.ExitStack() as at_exit:
+        module.main(args, at_exit)
 
 
 SMALL_PPO = ("--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 "

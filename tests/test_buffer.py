@@ -40,7 +40,7 @@ def recording():
     with torch.no_grad():
         agent.actor.bias[1] = 2  # press FIRE often, so that games end
     ends = []
-    arrays = collect.collect(agent, envs, 2403, 5, False, lambda *end: ends.append(end))
+    arrays, _ = collect.collect(agent, envs, 2403, 5, False, lambda *end: ends.append(end))
     return arrays, envs.log, agent, ends
 
 
@@ -74,8 +74,8 @@ def test_steps_are_recorded_as_played(recording):
 
 def test_rewards_are_raw():
     envs = Recorder(collect.make_envs("up_n_down", 3, False, 0.0))
-    arrays = collect.collect(collect.Agent("low", envs.single_action_space.n), envs, 300, 1, False,
-                             lambda *end: None)
+    agent = collect.Agent("low", envs.single_action_space.n)
+    arrays, _ = collect.collect(agent, envs, 300, 1, False, lambda *end: None)
     for i, e, t in samples(envs.log, 300, 3):
         assert arrays["rewards"][i] == envs.log[t][2][e]
     assert arrays["rewards"].max() >= 10
@@ -127,13 +127,13 @@ def test_actions_are_drawn_from_the_stored_probabilities(recording):
 def test_greedy_takes_the_most_probable_action():
     agent = opinionated_agent(collect.Agent, "low", 6)
     envs = collect.make_envs("pong", 2, False, 0.0)
-    arrays = collect.collect(agent, envs, 40, 1, True, lambda *end: None)
+    arrays, _ = collect.collect(agent, envs, 40, 1, True, lambda *end: None)
     np.testing.assert_array_equal(arrays["actions"], arrays["action_probs"].argmax(1))
 
 
 def test_fewer_samples_than_games():
     envs = collect.make_envs("pong", 4, False, 0.0)
-    arrays = collect.collect(collect.Agent("low", 6), envs, 3, 1, False, lambda *end: None)
+    arrays, _ = collect.collect(collect.Agent("low", 6), envs, 3, 1, False, lambda *end: None)
     assert arrays["env_index"].tolist() == [0, 1, 2] == arrays["episode_index"].tolist()
     assert np.isnan(arrays["episode_returns"]).tolist() == [True] * 3
 
@@ -143,7 +143,7 @@ def test_seeds_give_different_games_and_the_same_seed_the_same():
         torch.manual_seed(0)
         agent = collect.Agent("low", 6)
         envs = collect.make_envs("pong", 4, False, 0.0)
-        return collect.collect(agent, envs, 200, seed, False, lambda *end: None)
+        return collect.collect(agent, envs, 200, seed, False, lambda *end: None)[0]
 
     first, again, other = play(1), play(1), play(2)
     for name in first:

@@ -7,7 +7,7 @@ import collect_buffer as collect
 import numpy as np
 import pytest
 import torch
-from conftest import opinionated_agent
+from conftest import opinionated_agent, run_main
 from test_ppo import tensorboard_scalars
 
 
@@ -137,15 +137,16 @@ def small_buffer(tmp_path_factory):
     path = folder / "buffer.npz"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        collect.main(collect.Args(teacher_path="teacher.pt", buffer_path=str(path), num_samples=3000,
-                                  num_envs=4, cuda=False))
+        run_main(collect, collect.Args(teacher_path="teacher.pt", buffer_path=str(path),
+                                       num_samples=3000, num_envs=4, device="cpu"))
     return path
 
 
 def distilled(small_buffer, folder, monkeypatch, **flags):
     monkeypatch.chdir(folder)
-    distill.main(distill.Args(buffer_path=str(small_buffer), save_path="student.pt", capacity="low",
-                              eval_steps=0, cuda=False, validation_fraction=0.1, **flags))
+    run_main(distill, distill.Args(buffer_path=str(small_buffer), save_path="student.pt",
+                                   capacity="low", eval_steps=0, device="cpu",
+                                   validation_fraction=0.1, **flags))
     return torch.load(folder / "student.pt", weights_only=True)
 
 
@@ -181,10 +182,12 @@ def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
 
 def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3, anneal_lr=False,
- early_stop_patience=1)
+    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3,
+                        anneal_lr=False, early_stop_patience=1)
     assert student["epoch"] < 40
-    kept = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("kept"))
+    lines = capsys.readouterr().out.splitlines()
+    assert (f"kept        the weights of epoch {student['epoch']} of {student['last_epoch']}"
+            in lines)
     buffer = distill.load_buffer(small_buffer, "PongNoFrameskip-v4",
                                  ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"], "")
     rows = distill.split_episodes(buffer["episode_index"], 0.1, 1)[1]
@@ -194,7 +197,7 @@ def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch
     with torch.no_grad():
         kl = distill.kl_divergence(torch.from_numpy(buffer["action_probs"][rows]),
                                    agent(obs)[0]).mean()
-    assert f"epoch {student['epoch']}, held-out KL {kl:.4f}" in kept
+    assert any(x.startswith(f"epoch {student['epoch']:<5} held-out KL {kl:.4f}, ") for x in lines)
     assert student["global_step"] == 2700 * student["epoch"]
     assert student["validation"]["validation/kl"] == pytest.approx(kl.item(), rel=1e-3)
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))["validation/kl"]

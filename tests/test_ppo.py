@@ -8,6 +8,7 @@ import ppo_atari_teacher as teacher
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
+from conftest import run_main
 from gymnasium.vector import AutoresetMode
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -132,17 +133,34 @@ def test_loaded_optimizer_goes_on_as_if_never_saved(tmp_path):
     for moments in state["state"].values():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = moments[name].contiguous()
-    torch.save({"model": agent.state_dict(), "optimizer": state}, tmp_path / "saved.pt")
+    args = teacher.Args(capacity="low", learning_rate=1e-3)
+    torch.save({**teacher.training_state(agent, optimizer), "optimizer": state, "phase": "ppo",
+                "run_name": "x", "args": vars(args)}, tmp_path / "saved.pt")
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     resumed = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
-    resumed.load_state_dict(saved["model"])
     resumed_optimizer = torch.optim.Adam(resumed.parameters(), lr=1e-3, eps=1e-5, fused=True)
-    teacher.load_optimizer(resumed_optimizer, saved["optimizer"])
+    teacher.restore("saved.pt", saved, "ppo", args, resumed, resumed_optimizer)
     for batch in batches[3:]:
         teacher.ppo_update(agent, optimizer, *batch, **COEFFICIENTS)
         teacher.ppo_update(resumed, resumed_optimizer, *batch, **COEFFICIENTS)
     for a, b in zip(agent.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_kept_training_state_is_not_moved_by_later_updates():
+    """A signal in mid-iteration writes the state after the last whole one, not what is under way."""
+    agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
+    teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
+    state = teacher.training_state(agent, optimizer)
+    before = copy.deepcopy(state)
+    teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
+    for name, weight in agent.state_dict().items():
+        assert torch.equal(state["model"][name], before["model"][name])
+        assert not torch.equal(state["model"][name], weight)
+    for i, moments in before["optimizer"]["state"].items():
+        for name, moment in moments.items():
+            assert torch.equal(state["optimizer"]["state"][i][name], moment)
 
 
 def tensorboard_scalars(folder):
@@ -154,13 +172,14 @@ def tensorboard_scalars(folder):
 
 @pytest.mark.parametrize("game, rom, num_steps", [("Breakout", "breakout", 900),
                                                   ("Pong", "pong", 1500)])
-def test_logged_returns_are_raw_rewards_over_full_games(game, rom, num_steps, tmp_path, monkeypatch):
+def test_logged_returns_are_raw_rewards_over_full_games(game, rom, num_steps, tmp_path,
+                                                        monkeypatch):
     """One rollout's logged returns against the same play where no life loss ends anything."""
     monkeypatch.chdir(tmp_path)
     args = teacher.Args(env_id=f"{game}NoFrameskip-v4", num_envs=2, num_steps=num_steps,
                         total_timesteps=2 * num_steps, num_minibatches=2, update_epochs=1,
-                        capacity="low", eval_steps=0, cuda=False)
-    teacher.main(args)
+                        capacity="low", eval_steps=0, device="cpu")
+    run_main(teacher, args)
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))
 
     teacher.set_up_torch(args)
@@ -191,9 +210,9 @@ def test_truncation_bootstraps_and_nothing_else_does(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(teacher, "gae", lambda *inputs: (seen.append(inputs),
                                                          torch.zeros_like(inputs[0]))[1])
-    teacher.main(teacher.Args(env_id="BreakoutNoFrameskip-v4", num_envs=8, num_steps=170,
+    run_main(teacher, teacher.Args(env_id="BreakoutNoFrameskip-v4", num_envs=8, num_steps=170,
                               total_timesteps=8 * 170, num_minibatches=1, update_epochs=1,
-                              capacity="low", eval_steps=0, cuda=False))
+                              capacity="low", eval_steps=0, device="cpu"))
     rewards, values, ends, bootstraps, last_values = (x.numpy() for x in seen[0][:5])
     assert set(np.unique(rewards)) <= {-1.0, 0.0, 1.0}
     for e in range(8):
@@ -222,9 +241,9 @@ def test_every_pass_sees_the_whole_rollout_once(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "ppo_update", update)
     monkeypatch.setattr(teacher, "gae", lambda *inputs: (rollouts.append(inputs),
                                                          plain_gae(*inputs))[1])
-    teacher.main(teacher.Args(env_id="UpNDownNoFrameskip-v4", num_envs=4, num_steps=40,
+    run_main(teacher, teacher.Args(env_id="UpNDownNoFrameskip-v4", num_envs=4, num_steps=40,
                               total_timesteps=160, num_minibatches=8, update_epochs=3,
-                              capacity="low", eval_steps=0, cuda=False))
+                              capacity="low", eval_steps=0, device="cpu"))
     assert len(minibatches) == 24 and all(len(x) == 20 for batch in minibatches for x in batch)
     rewards = rollouts[0][0]
     assert set(rewards.unique().tolist()) == {0.0, 1.0}, "this game's rewards are 10 and more"
@@ -252,9 +271,9 @@ def test_ppo_learns_up_n_down(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     means = {}
     for steps in (1024, 24_576):
-        teacher.main(teacher.Args(
+        run_main(teacher, teacher.Args(
             env_id="UpNDownNoFrameskip-v4", capacity="low", total_timesteps=steps, num_steps=64,
-            num_minibatches=4, update_epochs=4, learning_rate=1e-3, eval_steps=4000, cuda=False,
+            num_minibatches=4, update_epochs=4, learning_rate=1e-3, eval_steps=4000, device="cpu",
             save_path=f"{steps}.pt"))
         means[steps] = torch.load(f"{steps}.pt", weights_only=True)["evaluation"]["ci95"]
     assert means[24_576][0] > means[1024][1], means

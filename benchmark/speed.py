@@ -1,0 +1,393 @@
+"""Measure every phase beside its own floor, in one run, and print one table.
+
+    python benchmark/speed.py
+
+A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
+the same work, measured in turn with it: the games stepped with random actions, the network's
+forward pass on a batch in place, one optimiser step on a batch in place. Machines are noisy, so
+rates are medians over alternating repeats, and the ratio to the floor is the figure to look at.
+Writes `benchmark/results/speed.{md,json}`.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import actor_distill as distill  # noqa: E402
+import collect_buffer as collect  # noqa: E402
+import ppo_atari_teacher as teacher  # noqa: E402
+
+GAME, ROM, NUM_ACTIONS = "PongNoFrameskip-v4", "pong", 6
+CAPACITIES = ("high", "medium", "low")
+
+
+@dataclass
+class Args:
+    repeats: int = 5
+    """repeats of each measurement; the medians are reported"""
+    seconds: float = 1.0
+    """length of one repeat, about"""
+    num_envs: int = 16
+    """games played at once"""
+    batch_size: int = 256
+    """samples in a minibatch of the PPO update and in a batch of the distillation"""
+    buffer_path: str = str(ROOT / "pretrained" / GAME / "buffer.npz")
+    """buffer to load and to distil from"""
+
+
+def until(seconds, work):
+    """Call `work()`, which returns how much it did, for `seconds`: the rate per second."""
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not done:
+        done += work()
+    return done / elapsed if elapsed >= seconds else done / (time.perf_counter() - start)
+
+
+def agent_and_optimizer(capacity):
+    """A fresh network in the layout of the scripts, and their optimiser."""
+    agent = teacher.Agent(capacity, NUM_ACTIONS).to(memory_format=torch.channels_last)
+    return agent, torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
+
+
+def environment_alone(num_envs):
+    """Step the games with random actions: a function that returns the steps it made."""
+    envs = teacher.make_envs(ROM, num_envs, False, 0.0)
+    envs.reset(seed=teacher.game_seeds(num_envs, 1, 1))
+    actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (64, num_envs))
+
+    def work():
+        for action in actions:
+            envs.step(action)
+        return actions.size
+
+    return work
+
+
+def forward_alone(capacity, num_envs):
+    """Decide for all games: conversion, network and sampling, nothing else."""
+    agent, _ = agent_and_optimizer(capacity)
+    obs = torch.randint(0, 256, (num_envs, 4, 84, 84), dtype=torch.uint8)
+
+    @torch.inference_mode()
+    def work():
+        for _ in range(32):
+            teacher.sample_actions(agent(obs)[0])
+        return 32 * num_envs
+
+    return work
+
+
+def update_alone(capacity, batch_size):
+    """Forward, backward and Adam on one float batch in place, by the plainest loss."""
+    agent, optimizer = agent_and_optimizer(capacity)
+    x = torch.rand(batch_size, 4, 84, 84).contiguous(memory_format=torch.channels_last)
+
+    def work():
+        hidden = agent.network(x)
+        loss = agent.actor(hidden).logsumexp(-1).mean() + agent.critic(hidden).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return batch_size
+
+    return work
+
+
+class Stopwatch:
+    """Wraps functions of a script and adds up the time between chosen calls."""
+
+    def __init__(self):
+        self.marks = []
+
+    def mark(self, module, name):
+        """Note when `module.name` is entered and left."""
+        plain = getattr(module, name)
+
+        def timed(*args, **kwargs):
+            self.marks.append((name, "in", time.perf_counter()))
+            result = plain(*args, **kwargs)
+            self.marks.append((name, "out", time.perf_counter()))
+            return result
+
+        setattr(module, name, timed)
+        return plain
+
+
+@contextlib.contextmanager
+def quiet_folder():
+    """A temporary working folder, with stdout and stderr thrown away."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                yield Path(folder)
+        finally:
+            os.chdir(before)
+
+
+def ppo_script(num_envs, batch_size, num_steps=128, iterations=3):
+    """The teacher's own `main`: (rollout steps/s, update samples/s, whole steps/s), last rounds.
+
+    The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
+    update from there to its last optimiser step; the first iteration is warm-up.
+    """
+    watch = Stopwatch()
+    plain = {name: watch.mark(teacher, name) for name in ("gae", "ppo_update")}
+    batch = num_envs * num_steps
+    try:
+        with quiet_folder(), contextlib.ExitStack() as at_exit:
+            teacher.main(teacher.Args(
+                num_envs=num_envs, num_steps=num_steps, num_minibatches=batch // batch_size,
+                update_epochs=4, total_timesteps=iterations * batch, eval_steps=0,
+                device="cpu"), at_exit)
+    finally:
+        for name, function in plain.items():
+            setattr(teacher, name, function)
+    begun = [at for name, kind, at in watch.marks if (name, kind) == ("gae", "in")]
+    ended = [max(at for name, kind, at in watch.marks if (name, kind) == ("ppo_update", "out")
+                 and begin < at < (begun + [float("inf")])[i + 1])
+             for i, begin in enumerate(begun)]
+    rollout = statistics.median(begun[i + 1] - ended[i] for i in range(len(begun) - 1))
+    update = statistics.median(ended[i] - begun[i] for i in range(1, len(begun)))
+    return batch / rollout, 4 * batch / update, batch / (rollout + update)
+
+
+def collection(num_envs, samples):
+    """`collect` of `collect_buffer.py`: steps/s."""
+    agent, _ = agent_and_optimizer("high")
+    envs = collect.make_envs(ROM, num_envs, False, 0.0)
+    with quiet_folder():
+        start = time.perf_counter()
+        collect.collect(agent, envs, samples, 1, False, lambda *end: None)
+        return samples / (time.perf_counter() - start)
+
+
+def evaluation(num_envs, steps):
+    """`play` of any script, cut off after `steps`: steps/s while every slot plays."""
+    agent, _ = agent_and_optimizer("high")
+    envs = teacher.make_envs(ROM, num_envs, False, 0.0)
+    calls = []
+
+    class Enough(Exception):
+        pass
+
+    class Counting:
+        num_envs = envs.num_envs
+        reset = staticmethod(envs.reset)
+
+        @staticmethod
+        def step(actions):
+            calls.append(time.perf_counter())
+            if len(calls) * num_envs > steps:
+                raise Enough
+            return envs.step(actions)
+
+    with quiet_folder(), contextlib.suppress(Enough):
+        teacher.play(agent, Counting, 10**9, 1, False)
+    return (len(calls) - 1) * num_envs / (calls[-1] - calls[0])
+
+
+def distillation(capacity, batch_size, buffer_path, samples):
+    """The loop of `actor_distill.py`'s own `main`, its first epoch cut off: samples/s."""
+    plain, calls = distill.distill_update, []
+
+    class Enough(Exception):
+        pass
+
+    def counted(*args):
+        calls.append(time.perf_counter())
+        if len(calls) * batch_size > samples:
+            raise Enough
+        return plain(*args)
+
+    validate = distill.validate
+    distill.validate = lambda *args: {f"validation/{name}": 1.0 for name in (
+        "kl", "agreement", "entropy_gap", "value_loss")}
+    distill.distill_update = counted
+    try:
+        with quiet_folder(), contextlib.suppress(Enough), contextlib.ExitStack() as at_exit:
+            distill.main(distill.Args(capacity=capacity, batch_size=batch_size, eval_steps=0,
+                                      buffer_path=buffer_path, device="cpu"), at_exit)
+    finally:
+        distill.distill_update, distill.validate = plain, validate
+    warm = len(calls) // 4
+    return (len(calls) - 1 - warm) * batch_size / (calls[-1] - calls[warm])
+
+
+def plain_loop(batch_size, buffer_path, samples):
+    """What a newcomer would write: stacked observations, a DataLoader, contiguous NCHW."""
+    with np.load(buffer_path) as buffer:
+        rows = min(len(buffer["stack_index"]), samples + batch_size)
+        obs = torch.from_numpy(buffer["frames"][buffer["stack_index"][:rows]])
+        targets = torch.from_numpy(buffer["action_probs"][:rows])
+    agent = teacher.Agent("medium", NUM_ACTIONS)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(obs, targets), batch_size,
+                                         shuffle=True)
+    times = []
+    for x, target in loader:
+        logits = agent.actor(agent.network(x.float() / 255))
+        loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter())
+        if len(times) * batch_size >= samples:
+            break
+    warm = len(times) // 4
+    return (len(times) - 1 - warm) * batch_size / (times[-1] - times[warm])
+
+
+def loading(buffer_path):
+    """MB/s of `load_buffer` and of `np.load`, and the peak memory of the former over its arrays."""
+    code = ("import json, sys, time, tracemalloc; import numpy as np; "
+            "sys.path.insert(0, sys.argv[1]); import actor_distill as d\n"
+            "meta = json.loads(str(np.load(sys.argv[2])['meta']))\n"
+            "names = ('frames', 'stack_index', 'action_probs', 'values', 'episode_index')\n"
+            "def ours(): return d.load_buffer(\n"
+            "    sys.argv[2], meta['env_id'], meta['action_meanings'], '')\n"
+            "def numpys():\n"
+            "    with np.load(sys.argv[2]) as a: return {n: a[n] for n in names}\n"
+            "rates = []\n"
+            "for load in (numpys, ours, numpys):\n"
+            "    start = time.perf_counter(); b = load()\n"
+            "    size = sum(b[n].nbytes for n in names)\n"
+            "    rates.append(size / (time.perf_counter() - start) / 1e6); del b\n"
+            "tracemalloc.start(); ours()\n"
+            "print(json.dumps([*rates[1:], tracemalloc.get_traced_memory()[1] / size]))")
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT), buffer_path],
+                            capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def decision(capacity):
+    """Microseconds from one observation to one action, one thread; multiply-adds; parameters."""
+    agent, _ = agent_and_optimizer(capacity)
+    obs = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
+    multiply_adds = 0
+    shape = {0: 20 * 20, 2: 9 * 9, 4: 7 * 7, 7: 1}
+    for i, positions in shape.items():
+        multiply_adds += agent.network[i].weight.numel() * positions
+    multiply_adds += agent.actor.weight.numel()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            times = []
+            for _ in range(600):
+                start = time.perf_counter()
+                agent(obs)[0].argmax(-1).item()
+                times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return 1e6 * statistics.median(times[100:]), multiply_adds, sum(
+        parameter.numel() for parameter in agent.parameters())
+
+
+def main(args):
+    started = time.time()
+    rates = {}
+
+    def add(name, rate):
+        rates.setdefault(name, []).append(rate)
+
+    floors = {"env": environment_alone(args.num_envs),
+              "forward high": forward_alone("high", args.num_envs)}
+    floors |= {f"update {c}": update_alone(c, args.batch_size) for c in CAPACITIES}
+    for work in floors.values():
+        work()
+    steps = 1024 * max(1, round(args.seconds))
+    for repeat in range(args.repeats):
+        print(f"repeat {repeat + 1} of {args.repeats}, at {time.time() - started:.0f} s",
+              file=sys.stderr)
+        for name, work in floors.items():
+            add(name, until(args.seconds, work))
+        rollout, update, whole = ppo_script(args.num_envs, args.batch_size)
+        add("rollout", rollout)
+        add("ppo update", update)
+        add("ppo whole", whole)
+        add("collection", collection(args.num_envs, 2 * steps))
+        add("evaluation", evaluation(args.num_envs, 2 * steps))
+        for capacity in CAPACITIES:
+            add(f"distil {capacity}", distillation(capacity, args.batch_size, args.buffer_path,
+                                                   16 * args.batch_size))
+        add("plain loop", plain_loop(args.batch_size, args.buffer_path, 12 * args.batch_size))
+        ours, numpys, peak = loading(args.buffer_path)
+        add("load", ours)
+        add("np.load", numpys)
+        add("load peak", peak)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+
+    def paired(name, floor):
+        """Median over the repeats of a rate over its floor, `floor` taking one repeat's rates."""
+        each = [{key: values[i] for key, values in rates.items()} for i in range(args.repeats)]
+        return statistics.median(x[name] / floor(x) for x in each)
+
+    def play_floor(x):
+        return 1 / (1 / x["env"] + 1 / x["forward high"])
+
+    def whole_floor(x):
+        return 1 / (1 / play_floor(x) + 4 / x["update high"])
+
+    table = []
+    for label, name, floor, unit in (
+            ("rollout, high", "rollout", play_floor, "steps/s"),
+            ("PPO update, high", "ppo update", lambda x: x["update high"], "samples/s"),
+            ("PPO whole, 4 epochs", "ppo whole", whole_floor, "steps/s"),
+            ("collection, high", "collection", play_floor, "steps/s"),
+            ("evaluation, high", "evaluation", play_floor, "steps/s"),
+            *((f"distillation, {c}", f"distil {c}", lambda x, c=c: x[f"update {c}"], "samples/s")
+              for c in CAPACITIES),
+            ("loading a buffer", "load", lambda x: x["np.load"], "MB/s")):
+        table.append({"phase": label, "rate": median[name], "unit": unit,
+                      "floor": floor(median), "ratio": paired(name, floor)})
+    decisions = {c: decision(c) for c in CAPACITIES}
+    result = {
+        "command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seconds": round(time.time() - started), "flags": vars(args), "rates": rates,
+        "table": table, "medium distillation over a plain loop":
+            paired("distil medium", lambda x: x["plain loop"]),
+        "peak memory of loading over the arrays": median["load peak"],
+        "decisions": decisions, "peak memory MB": resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    lines = [f"`{result['command']}`, {result['date']}, {result['cores']} cores with "
+             f"{result['instructions']}, {result['threads']} torch threads, torch "
+             f"{result['torch']}, medians of {args.repeats} repeats, {result['seconds']} s.", "",
+             "| phase | rate | its floor | ratio |", "|---|---|---|---|"]
+    lines += [f"| {row['phase']} | {row['rate']:,.0f} {row['unit']} | {row['floor']:,.0f} | "
+              f"{row['ratio']:.2f} |" for row in table]
+    over_plain = result["medium distillation over a plain loop"]
+    lines += ["", f"Loading takes {median['load peak']:.2f} times the arrays' size at its peak. "
+              f"Medium distillation runs at {over_plain:.2f} times a plain PyTorch loop.", "",
+              "| one decision, 1 thread | high | medium | low |", "|---|---|---|---|"]
+    for i, label in enumerate(("µs", "multiply-adds", "parameters")):
+        lines.append(f"| {label} | " + " | ".join(f"{decisions[c][i]:,.0f}" for c in CAPACITIES)
+                     + " |")
+    results = ROOT / "benchmark" / "results"
+    (results / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / "speed.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
