@@ -13,6 +13,7 @@ One step is one action of the agent, which the emulator repeats for four frames;
 step of the buffer. `global_step` counts the samples seen.
 """
 
+import atexit
 import contextlib
 import copy
 import difflib
@@ -56,6 +57,9 @@ class Args:
     """seed of the initial weights, the held-out share, the shuffles and the games; 0 or more"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
+    bf16: bool = False
+    """train in bfloat16, faster where the hardware has it; weights, heads, losses, optimiser and
+    evaluations stay float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -163,24 +167,29 @@ def preprocessing():
 
 
 def make_envs(rom, num_envs, life_loss, repeat_action_probability):
-    """Games that run and are preprocessed on ale-py's C++ threads.
+    """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
-    A game that ends restarts within the same step, so that no step is lost to a reset; rewards
-    stay raw. With `life_loss` a lost life also reports `terminated`, while the game goes on.
+    One half plays while the network decides for the other. A game that ends restarts within the
+    same step, so that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life
+    also reports `terminated`, while the game goes on.
 
     Args:
         rom: ale-py's name of the game, such as "ms_pacman".
-        num_envs: number of games.
+        num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
 
     Returns:
-        An AtariVectorEnv whose observations are uint8 [num_envs, 4, 84, 84], the oldest frame
-        first, with blank frames before a game's start.
+        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
+        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
+        game's start.
     """
-    return AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
-                          reward_clipping=False, life_loss_info=life_loss,
-                          repeat_action_probability=repeat_action_probability, **preprocessing())
+    middle = (num_envs + 1) // 2
+    parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
+                            reward_clipping=False, life_loss_info=life_loss,
+                            repeat_action_probability=repeat_action_probability,
+                            **preprocessing()), part) for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -202,10 +211,11 @@ class Agent(nn.Module):
     """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
-    weights that it counts.
+    weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+    bf16 = False
 
     def __init__(self, capacity, num_actions):
         super().__init__()
@@ -224,13 +234,26 @@ class Agent(nn.Module):
         # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
         # are cheaper to rearrange than floats
         x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
-        hidden = self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.network(x)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
 def sample_actions(logits, generator=None):
     """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@contextlib.contextmanager
+def half_the_threads():
+    """Leave half of the cores to the games that play while a network on the CPU decides."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def catch_stops():
@@ -258,6 +281,8 @@ def catch_stops():
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+    # at its exit Python gives up the timer's handler, without which the timer would kill
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
 class Unbreakable:
@@ -428,16 +453,16 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
 
 
 @torch.inference_mode()
-def play(agent, envs, eval_steps, seed, greedy):
+def play(agent, halves, eval_steps, seed, greedy):
     """Play whole games, in a way that favours neither short nor long ones.
 
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / num_envs).
-    Every game that it began until then counts, and none after: counting only what has finished
-    within the budget would leave long games out.
+    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N). Every
+    game that it began until then counts, and none after: counting only what has finished within
+    the budget would leave long games out.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        envs: AtariVectorEnv of `make_envs(..., life_loss=False)`.
+        halves: N games of `make_envs(..., life_loss=False)`.
         eval_steps: budget, summed over the slots; games under way go on to their end.
         seed: of the games and the actions; training's random state is neither read nor changed.
         greedy: take the most probable action instead of sampling.
@@ -447,28 +472,41 @@ def play(agent, envs, eval_steps, seed, greedy):
     """
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
-    playing = np.ones(envs.num_envs, bool)
-    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+
+    def decide(envs, obs):
+        logits, _ = agent(torch.from_numpy(obs).to(device))
+        action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+        envs.send(action.cpu().numpy())
+
+    num_envs = halves[-1][1].stop
+    seeds = game_seeds(num_envs, seed, 3)
+    for envs, part in halves:
+        decide(envs, envs.reset(seed=seeds[part])[0])
+    playing = np.ones(num_envs, bool)
+    game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
     returns, lengths = [], []
-    slot_step, quota = 0, math.ceil(eval_steps / envs.num_envs)
-    with tqdm(desc="evaluate", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+    slot_step, quota = 0, math.ceil(eval_steps / num_envs)
+    with half_the_threads(), tqdm(desc="evaluate", unit="step", dynamic_ncols=True,
+                                  mininterval=1) as bar:
         while playing.any():
-            logits, _ = agent(torch.from_numpy(obs).to(device))
-            action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
-            obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
             slot_step += 1
-            game_return += reward
             game_length += 1
-            ended = terminated | truncated
-            returns += game_return[ended & playing].tolist()
-            lengths += game_length[ended & playing].tolist()
-            game_return[ended] = game_length[ended] = 0
             bar.total = max(eval_steps, bar.n + int(playing.sum()))
             bar.update(int(playing.sum()))
-            if slot_step >= quota:
-                playing &= ~ended
-                bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
+            for envs, part in halves:
+                obs, reward, terminated, truncated, _ = envs.recv()
+                decide(envs, obs)
+                game_return[part] += reward
+                ended = np.zeros(num_envs, bool)
+                ended[part] = terminated | truncated
+                returns += game_return[ended & playing].tolist()
+                lengths += game_length[ended & playing].tolist()
+                game_return[ended] = game_length[ended] = 0
+                if slot_step >= quota:
+                    playing &= ~ended
+                    bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
+    for envs, _ in halves:
+        envs.recv()
     return returns, lengths
 
 
@@ -500,9 +538,10 @@ def evaluate(agent, rom, args, identity, path):
     Returns:
         What was written, without the list of every game's return and length.
     """
-    envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    returns, lengths = play(agent, envs, args.eval_steps, args.seed, args.eval_greedy)
-    envs.close()
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    returns, lengths = play(agent, halves, args.eval_steps, args.seed, args.eval_greedy)
+    for envs, _ in halves:
+        envs.close()
     result = {**identity, "seed": args.seed, "greedy": args.eval_greedy, "num_envs": args.num_envs,
               "repeat_action_probability": args.repeat_action_probability,
               "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
@@ -919,7 +958,7 @@ def main(args, at_exit):
                 value_coef=(0, 1e6), validation_fraction=(0.001, 0.5),
                 early_stop_patience=(0, 10**6), checkpoint_interval=(1, 10**12))
     device = set_up_torch(args)
-    envs = make_envs(rom, 1, False, args.repeat_action_probability)
+    (envs, _), = make_envs(rom, 1, False, args.repeat_action_probability)
     action_meanings = [action.name for action in envs.ale.get_action_set()]
     envs.close()
 
@@ -1026,6 +1065,7 @@ def main(args, at_exit):
             break
         order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
         sums = torch.zeros(2, device=device)
+        agent.bf16 = args.bf16
         batches = torch.from_numpy(order).to(device).split(args.batch_size)
         for i, rows in enumerate(batches):
             if args.anneal_lr:
@@ -1033,6 +1073,7 @@ def main(args, at_exit):
                 optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
             sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef)
             bar.update(len(rows))
+        agent.bf16 = False
         kl, value_error = (sums / len(train_rows)).tolist()
         # a gradient that is not finite leaves weights that are not, even after a finite loss
         if not (math.isfinite(kl + args.value_coef * value_error)

@@ -14,6 +14,7 @@ One step is one action of the teacher, which the emulator repeats for four frame
 one step.
 """
 
+import atexit
 import contextlib
 import difflib
 import hashlib
@@ -135,24 +136,29 @@ def preprocessing():
 
 
 def make_envs(rom, num_envs, life_loss, repeat_action_probability):
-    """Games that run and are preprocessed on ale-py's C++ threads.
+    """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
-    A game that ends restarts within the same step, so that no step is lost to a reset; rewards
-    stay raw. With `life_loss` a lost life also reports `terminated`, while the game goes on.
+    One half plays while the network decides for the other. A game that ends restarts within the
+    same step, so that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life
+    also reports `terminated`, while the game goes on.
 
     Args:
         rom: ale-py's name of the game, such as "ms_pacman".
-        num_envs: number of games.
+        num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
 
     Returns:
-        An AtariVectorEnv whose observations are uint8 [num_envs, 4, 84, 84], the oldest frame
-        first, with blank frames before a game's start.
+        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
+        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
+        game's start.
     """
-    return AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
-                          reward_clipping=False, life_loss_info=life_loss,
-                          repeat_action_probability=repeat_action_probability, **preprocessing())
+    middle = (num_envs + 1) // 2
+    parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
+                            reward_clipping=False, life_loss_info=life_loss,
+                            repeat_action_probability=repeat_action_probability,
+                            **preprocessing()), part) for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -174,10 +180,11 @@ class Agent(nn.Module):
     """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
-    weights that it counts.
+    weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+    bf16 = False
 
     def __init__(self, capacity, num_actions):
         super().__init__()
@@ -196,13 +203,26 @@ class Agent(nn.Module):
         # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
         # are cheaper to rearrange than floats
         x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
-        hidden = self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.network(x)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
 def sample_actions(logits, generator=None):
     """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@contextlib.contextmanager
+def half_the_threads():
+    """Leave half of the cores to the games that play while a network on the CPU decides."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def catch_stops():
@@ -230,6 +250,8 @@ def catch_stops():
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+    # at its exit Python gives up the timer's handler, without which the timer would kill
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
 class Unbreakable:
@@ -497,7 +519,7 @@ def set_up_torch(args):
 
 
 @torch.inference_mode()
-def collect(agent, envs, num_samples, seed, greedy, on_game_end):
+def collect(agent, halves, num_samples, seed, greedy, on_game_end):
     """Let a policy play and record every step, each frame once.
 
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
@@ -506,7 +528,7 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        envs: AtariVectorEnv of `make_envs(..., life_loss=False)`.
+        halves: games of `make_envs(..., life_loss=False)`.
         num_samples: N, steps to record over all slots; games under way are then cut off.
         seed: of the games and the actions.
         greedy: take the most probable action instead of sampling.
@@ -521,7 +543,7 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
     """
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    num_envs, num_actions = envs.num_envs, int(envs.single_action_space.n)
+    num_envs, num_actions = halves[-1][1].stop, int(halves[0][0].single_action_space.n)
     stretch = num_samples // num_envs + (np.arange(num_envs) < num_samples % num_envs)
     first = np.cumsum(stretch) - stretch
     frames = np.empty((num_samples + 1, 84, 84), np.uint8)
@@ -530,36 +552,46 @@ def collect(agent, envs, num_samples, seed, greedy, on_game_end):
     action_probs = np.empty((num_samples, num_actions), np.float32)
     values, rewards = np.empty((2, num_samples), np.float32)
     actions, dones = np.empty(num_samples, np.uint8), np.empty(num_samples, bool)
-    obs, _ = envs.reset(seed=game_seeds(num_envs, seed, 2))
+    obs = np.empty((num_envs, 4, 84, 84), np.uint8)
+    seeds = game_seeds(num_envs, seed, 2)
+    for envs, part in halves:
+        obs[part], _ = envs.reset(seed=seeds[part])
     age = np.zeros(num_envs, np.int64)
     frames_back = np.array([3, 2, 1, 0])
     recorded, steps, stopped = 0, 0, None
-    with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
-              mininterval=1) as bar:
+    with half_the_threads(), tqdm(total=num_samples, desc="collect", unit="step",
+                                  dynamic_ncols=True, mininterval=1) as bar:
         try:
-            for t in range(stretch[0]):
-                logits, value = agent(torch.from_numpy(obs).to(device))
-                action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
-                action = action.cpu().numpy()
-                envs.send(action)
-                e = np.flatnonzero(t < stretch)  # later slots may have one sample less to record
-                row = first[e] + t
-                frames[row + 1] = obs[e, 3]
-                in_game = frames_back <= age[e, None]
-                stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
-                action_probs[row] = logits.softmax(-1).cpu().numpy()[e]
-                values[row] = value.cpu().numpy()[e]
-                actions[row] = action[e]
-                obs, reward, terminated, truncated, _ = envs.recv()
-                ended = terminated | truncated
-                rewards[row], dones[row] = reward[e], ended[e]
-                steps = t + 1
-                recorded += len(e)
-                bar.update(len(e))
-                for i in np.flatnonzero(ended[e]):
-                    game = rewards[row[i] - age[i]:row[i] + 1]
-                    on_game_end(recorded, float(game.sum()), len(game))
-                age = np.where(ended, 0, age + 1)
+            for t, (envs, part) in itertools.product(range(stretch[0] + 1), halves):
+                slots = np.arange(num_envs)[part]
+                e = slots[t <= stretch[part]]  # later slots may have one sample less to record
+                if t > 0 and len(e):  # what has become of the last decision
+                    obs[part], reward, terminated, truncated, _ = envs.recv()
+                    ended = terminated | truncated
+                    past = first[e] + t - 1
+                    rewards[past], dones[past] = reward[:len(e)], ended[:len(e)]
+                    recorded += len(e)
+                    bar.update(len(e))
+                    for row, length in zip(past, age[e] + 1):
+                        if dones[row]:
+                            game = rewards[row + 1 - length:row + 1]
+                            on_game_end(recorded, float(game.sum()), int(length))
+                    age[part] = np.where(ended, 0, age[part] + 1)
+                if part.stop == num_envs:
+                    steps = t
+                e = slots[t < stretch[part]]
+                if len(e):
+                    logits, value = agent(torch.from_numpy(obs[part]).to(device))
+                    action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+                    action = action.cpu().numpy()
+                    envs.send(action)
+                    row = first[e] + t
+                    frames[row + 1] = obs[e, 3]
+                    in_game = frames_back <= age[e, None]
+                    stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
+                    action_probs[row] = logits.softmax(-1).cpu().numpy()[:len(e)]
+                    values[row] = value.cpu().numpy()[:len(e)]
+                    actions[row] = action[:len(e)]
         except KeyboardInterrupt as stop:
             if steps == 0:
                 raise
@@ -619,8 +651,9 @@ def main(args, at_exit):
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
                 repeat_action_probability=(0, 1))
     device = set_up_torch(args)
-    envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    at_exit.callback(envs.close)
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    for envs, _ in halves:
+        at_exit.callback(envs.close)
     teacher_path = args.teacher_path or default_path(
         f"checkpoints/{env_id}/ppo_high.pt", f"{env_id}/ppo_high.pt")
     buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
@@ -640,7 +673,7 @@ def main(args, at_exit):
                 for name in ("torch", "numpy", "ale-py", "gymnasium")}
     start_time = time.time()
     arrays, stopped = collect(
-        agent.to(device, memory_format=torch.channels_last), envs, args.num_samples, args.seed,
+        agent.to(device, memory_format=torch.channels_last), halves, args.num_samples, args.seed,
         args.greedy, lambda samples, game_return, length: logger.log(
             {"charts/episodic_return": game_return, "charts/episodic_length": length,
              "charts/SPS": samples / (time.time() - start_time)}, samples))

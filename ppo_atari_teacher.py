@@ -14,6 +14,7 @@ One step is one action of the agent, which the emulator repeats for four frames.
 this file is in steps, summed over the games that are played at once.
 """
 
+import atexit
 import contextlib
 import copy
 import difflib
@@ -56,6 +57,9 @@ class Args:
     """seed of the games, the initial weights, the actions and the minibatches; 0 or more"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
+    bf16: bool = False
+    """train in bfloat16, faster where the hardware has it; weights, heads, losses, optimiser and
+    evaluations stay float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -174,24 +178,29 @@ def preprocessing():
 
 
 def make_envs(rom, num_envs, life_loss, repeat_action_probability):
-    """Games that run and are preprocessed on ale-py's C++ threads.
+    """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
-    A game that ends restarts within the same step, so that no step is lost to a reset; rewards
-    stay raw. With `life_loss` a lost life also reports `terminated`, while the game goes on.
+    One half plays while the network decides for the other. A game that ends restarts within the
+    same step, so that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life
+    also reports `terminated`, while the game goes on.
 
     Args:
         rom: ale-py's name of the game, such as "ms_pacman".
-        num_envs: number of games.
+        num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
 
     Returns:
-        An AtariVectorEnv whose observations are uint8 [num_envs, 4, 84, 84], the oldest frame
-        first, with blank frames before a game's start.
+        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
+        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
+        game's start.
     """
-    return AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
-                          reward_clipping=False, life_loss_info=life_loss,
-                          repeat_action_probability=repeat_action_probability, **preprocessing())
+    middle = (num_envs + 1) // 2
+    parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
+                            reward_clipping=False, life_loss_info=life_loss,
+                            repeat_action_probability=repeat_action_probability,
+                            **preprocessing()), part) for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -213,10 +222,11 @@ class Agent(nn.Module):
     """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
-    weights that it counts.
+    weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+    bf16 = False
 
     def __init__(self, capacity, num_actions):
         super().__init__()
@@ -235,13 +245,26 @@ class Agent(nn.Module):
         # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
         # are cheaper to rearrange than floats
         x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
-        hidden = self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.network(x)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
 def sample_actions(logits, generator=None):
     """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@contextlib.contextmanager
+def half_the_threads():
+    """Leave half of the cores to the games that play while a network on the CPU decides."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def catch_stops():
@@ -269,6 +292,8 @@ def catch_stops():
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+    # at its exit Python gives up the timer's handler, without which the timer would kill
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
 class Unbreakable:
@@ -425,16 +450,16 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
 
 
 @torch.inference_mode()
-def play(agent, envs, eval_steps, seed, greedy):
+def play(agent, halves, eval_steps, seed, greedy):
     """Play whole games, in a way that favours neither short nor long ones.
 
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / num_envs).
-    Every game that it began until then counts, and none after: counting only what has finished
-    within the budget would leave long games out.
+    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N). Every
+    game that it began until then counts, and none after: counting only what has finished within
+    the budget would leave long games out.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        envs: AtariVectorEnv of `make_envs(..., life_loss=False)`.
+        halves: N games of `make_envs(..., life_loss=False)`.
         eval_steps: budget, summed over the slots; games under way go on to their end.
         seed: of the games and the actions; training's random state is neither read nor changed.
         greedy: take the most probable action instead of sampling.
@@ -444,28 +469,41 @@ def play(agent, envs, eval_steps, seed, greedy):
     """
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
-    playing = np.ones(envs.num_envs, bool)
-    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+
+    def decide(envs, obs):
+        logits, _ = agent(torch.from_numpy(obs).to(device))
+        action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+        envs.send(action.cpu().numpy())
+
+    num_envs = halves[-1][1].stop
+    seeds = game_seeds(num_envs, seed, 3)
+    for envs, part in halves:
+        decide(envs, envs.reset(seed=seeds[part])[0])
+    playing = np.ones(num_envs, bool)
+    game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
     returns, lengths = [], []
-    slot_step, quota = 0, math.ceil(eval_steps / envs.num_envs)
-    with tqdm(desc="evaluate", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+    slot_step, quota = 0, math.ceil(eval_steps / num_envs)
+    with half_the_threads(), tqdm(desc="evaluate", unit="step", dynamic_ncols=True,
+                                  mininterval=1) as bar:
         while playing.any():
-            logits, _ = agent(torch.from_numpy(obs).to(device))
-            action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
-            obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
             slot_step += 1
-            game_return += reward
             game_length += 1
-            ended = terminated | truncated
-            returns += game_return[ended & playing].tolist()
-            lengths += game_length[ended & playing].tolist()
-            game_return[ended] = game_length[ended] = 0
             bar.total = max(eval_steps, bar.n + int(playing.sum()))
             bar.update(int(playing.sum()))
-            if slot_step >= quota:
-                playing &= ~ended
-                bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
+            for envs, part in halves:
+                obs, reward, terminated, truncated, _ = envs.recv()
+                decide(envs, obs)
+                game_return[part] += reward
+                ended = np.zeros(num_envs, bool)
+                ended[part] = terminated | truncated
+                returns += game_return[ended & playing].tolist()
+                lengths += game_length[ended & playing].tolist()
+                game_return[ended] = game_length[ended] = 0
+                if slot_step >= quota:
+                    playing &= ~ended
+                    bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
+    for envs, _ in halves:
+        envs.recv()
     return returns, lengths
 
 
@@ -497,9 +535,10 @@ def evaluate(agent, rom, args, identity, path):
     Returns:
         What was written, without the list of every game's return and length.
     """
-    envs = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    returns, lengths = play(agent, envs, args.eval_steps, args.seed, args.eval_greedy)
-    envs.close()
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
+    returns, lengths = play(agent, halves, args.eval_steps, args.seed, args.eval_greedy)
+    for envs, _ in halves:
+        envs.close()
     result = {**identity, "seed": args.seed, "greedy": args.eval_greedy, "num_envs": args.num_envs,
               "repeat_action_probability": args.repeat_action_probability,
               "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
@@ -787,8 +826,9 @@ def main(args, at_exit):
                          f"{batch_size * 4 * 84 * 84 / 1e9:,.0f} GB of memory; lower it or "
                          "--num-envs")
     device = set_up_torch(args)
-    envs = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
-    at_exit.callback(envs.close)
+    halves = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
+    for envs, _ in halves:
+        at_exit.callback(envs.close)
     num_actions = int(envs.single_action_space.n)
     made_by = f"python ppo_atari_teacher.py --env-id {env_id} --capacity {args.capacity}"
 
@@ -847,15 +887,21 @@ def main(args, at_exit):
                 try_to_save()
             tell_how_to_go_on(save_path, f"step {last_saved:,}")
 
+    agent.bf16 = args.bf16
     rollout_shape = (args.num_steps, args.num_envs)
-    obs = torch.empty((*rollout_shape, 4, 84, 84), dtype=torch.uint8, device=device)
+    # with the channels last, as the network wants them: rearranged once, not in every pass
+    obs = torch.empty((*rollout_shape, 84, 84, 4), dtype=torch.uint8, device=device)
     actions = torch.empty(rollout_shape, dtype=torch.int64, device=device)
     logprobs, values = torch.empty((2, *rollout_shape), device=device)
     rewards, ends, bootstraps = torch.empty((3, *rollout_shape))
 
-    next_obs, info = envs.reset(seed=game_seeds(args.num_envs, args.seed, 1, global_step))
-    frame_number = info["episode_frame_number"]
+    next_obs = np.empty((args.num_envs, 4, 84, 84), np.uint8)
+    frame_number = np.zeros(args.num_envs, np.int64)
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+    seeds = game_seeds(args.num_envs, args.seed, 1, global_step)
+    for envs, part in halves:
+        next_obs[part], info = envs.reset(seed=seeds[part])
+        frame_number[part] = info["episode_frame_number"]
     recent_returns = []
     start_time = time.time()
     bar = at_exit.enter_context(tqdm(total=num_iterations * batch_size, initial=global_step,
@@ -867,35 +913,39 @@ def main(args, at_exit):
             optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
 
         bar.set_description("rollout")
-        for step in range(args.num_steps):
-            obs[step] = torch.from_numpy(next_obs)
-            with torch.no_grad():
-                logits, values[step] = agent(obs[step])
-            actions[step] = sample_actions(logits)
-            envs.send(actions[step].cpu().numpy())
-            logprobs[step] = logits.log_softmax(-1).gather(-1, actions[step, :, None])[:, 0]
-            next_obs, reward, terminated, truncated, info = envs.recv()
+        with half_the_threads(), torch.no_grad():
+            for step, (envs, part) in itertools.product(range(args.num_steps + 1), halves):
+                if step > 0:  # what has become of the last decision
+                    past = (step - 1, part)
+                    next_obs[part], reward, terminated, truncated, info = envs.recv()
+                    # a lost life is `terminated` too, but only a new game turns back the frames
+                    new_game = info["episode_frame_number"] < frame_number[part]
+                    game_over = truncated | (terminated & new_game)
+                    frame_number[part] = info["episode_frame_number"]
+                    rewards[past] = torch.from_numpy(np.sign(reward))
+                    ends[past] = torch.from_numpy(terminated | truncated)
+                    bootstraps[past] = 0
+                    if truncated.any():
+                        final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
+                        bootstraps[past][torch.from_numpy(truncated)] = agent(final_obs)[1].cpu()
 
-            # a lost life reports `terminated` too, but only a new game turns the frame count back
-            game_over = truncated | (terminated & (info["episode_frame_number"] < frame_number))
-            frame_number = info["episode_frame_number"]
-            rewards[step] = torch.from_numpy(np.sign(reward))
-            ends[step] = torch.from_numpy(terminated | truncated)
-            bootstraps[step] = 0
-            if truncated.any():
-                final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
-                with torch.no_grad():
-                    bootstraps[step, torch.from_numpy(truncated)] = agent(final_obs)[1].cpu()
-
-            global_step += args.num_envs
-            bar.update(args.num_envs)
-            game_return += reward
-            game_length += 1
-            for e in np.flatnonzero(game_over):
-                logger.log({"charts/episodic_return": game_return[e],
-                            "charts/episodic_length": game_length[e]}, global_step)
-                recent_returns.append(game_return[e])
-            game_return[game_over] = game_length[game_over] = 0
+                    global_step += len(reward)
+                    bar.update(len(reward))
+                    game_return[part] += reward
+                    game_length[part] += 1
+                    for e in part.start + np.flatnonzero(game_over):
+                        logger.log({"charts/episodic_return": game_return[e],
+                                    "charts/episodic_length": game_length[e]}, global_step)
+                        recent_returns.append(game_return[e])
+                        game_return[e] = game_length[e] = 0
+                if step < args.num_steps:
+                    now = (step, part)
+                    obs[now] = torch.from_numpy(next_obs[part]).permute(0, 2, 3, 1)
+                    logits, values[now] = agent(obs[now].permute(0, 3, 1, 2))
+                    actions[now] = sample_actions(logits)
+                    envs.send(actions[now].cpu().numpy())
+                    taken = actions[now].unsqueeze(-1)
+                    logprobs[now] = logits.log_softmax(-1).gather(-1, taken).squeeze(-1)
 
         with torch.no_grad():
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
@@ -911,8 +961,9 @@ def main(args, at_exit):
         for epoch in range(args.update_epochs):
             bar.set_description(f"update {epoch + 1}/{args.update_epochs}")
             for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+                mb_obs = b_obs.index_select(0, mb).permute(0, 3, 1, 2)
                 statistics.append(ppo_update(
-                    agent, optimizer, b_obs[mb], *(x[mb] for x in b_rest),
+                    agent, optimizer, mb_obs, *(x[mb] for x in b_rest),
                     max_grad_norm=args.max_grad_norm, clip_coef=args.clip_coef,
                     clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef))
             if args.target_kl is not None:
@@ -940,10 +991,10 @@ def main(args, at_exit):
         if global_step - last_saved >= args.checkpoint_interval:
             try_to_save()
     bar.close()
-    envs.close()
     if global_step > last_saved:
         try_to_save()
 
+    agent.bf16 = False
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
         save(evaluation=result)

@@ -96,7 +96,7 @@ class Student:
 
 def main(args):
     env_id, rom = distill.resolve_game(args.env_id)
-    envs = distill.make_envs(rom, 1, False, 0.0)
+    (envs, _), = distill.make_envs(rom, 1, False, 0.0)
     meanings = [action.name for action in envs.ale.get_action_set()]
     buffer = distill.load_buffer(args.buffer_path, env_id, meanings, "python collect_buffer.py")
     frames, stack_index, probs, values = (

@@ -1,11 +1,14 @@
 """Measure every phase beside its own floor, in one run, and print one table.
 
     python benchmark/speed.py
+    python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
 A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
 the same work, measured in turn with it: the games stepped with random actions, the network's
 forward pass on a batch in place, one optimiser step on a batch in place. Machines are noisy, so
 rates are medians over alternating repeats, and the ratio to the floor is the figure to look at.
+With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
+torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2 and NumPy 1.26).
 Writes `benchmark/results/speed.{md,json}`.
 """
 
@@ -21,6 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,6 +50,14 @@ class Args:
     """games played at once"""
     batch_size: int = 256
     """samples in a minibatch of the PPO update and in a batch of the distillation"""
+    device: Literal["cuda", "cpu"] = "cpu"
+    """where the networks run"""
+    bf16: bool = False
+    """train in bfloat16, and the floors too"""
+    cleanrl: str | None = None
+    """folder of CleanRL, to measure its `ppo_atari.py` beside the teacher at its own flags"""
+    cleanrl_python: str = sys.executable
+    """Python that has what CleanRL needs"""
     buffer_path: str = str(ROOT / "pretrained" / GAME / "buffer.npz")
     """buffer to load and to distil from"""
 
@@ -58,52 +70,63 @@ def until(seconds, work):
     return done / elapsed if elapsed >= seconds else done / (time.perf_counter() - start)
 
 
-def agent_and_optimizer(capacity):
+def agent_and_optimizer(capacity, args):
     """A fresh network in the layout of the scripts, and their optimiser."""
-    agent = teacher.Agent(capacity, NUM_ACTIONS).to(memory_format=torch.channels_last)
+    agent = teacher.Agent(capacity, NUM_ACTIONS).to(args.device, memory_format=torch.channels_last)
     return agent, torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
 
 
 def environment_alone(num_envs):
     """Step the games with random actions: a function that returns the steps it made."""
-    envs = teacher.make_envs(ROM, num_envs, False, 0.0)
-    envs.reset(seed=teacher.game_seeds(num_envs, 1, 1))
+    halves = teacher.make_envs(ROM, num_envs, False, 0.0)
+    for envs, part in halves:
+        envs.reset(seed=teacher.game_seeds(num_envs, 1, 1)[part])
     actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (64, num_envs))
 
     def work():
         for action in actions:
-            envs.step(action)
+            for envs, part in halves:
+                envs.send(action[part])
+            for envs, _ in halves:
+                envs.recv()
         return actions.size
 
     return work
 
 
-def forward_alone(capacity, num_envs):
+def forward_alone(capacity, num_envs, args):
     """Decide for all games: conversion, network and sampling, nothing else."""
-    agent, _ = agent_and_optimizer(capacity)
-    obs = torch.randint(0, 256, (num_envs, 4, 84, 84), dtype=torch.uint8)
+    agent, _ = agent_and_optimizer(capacity, args)
+    obs = torch.randint(0, 256, (num_envs, 4, 84, 84), dtype=torch.uint8, device=args.device)
 
     @torch.inference_mode()
     def work():
         for _ in range(32):
-            teacher.sample_actions(agent(obs)[0])
+            teacher.sample_actions(agent(obs)[0]).cpu()
         return 32 * num_envs
 
     return work
 
 
-def update_alone(capacity, batch_size):
+def update_alone(capacity, batch_size, args):
     """Forward, backward and Adam on one float batch in place, by the plainest loss."""
-    agent, optimizer = agent_and_optimizer(capacity)
-    x = torch.rand(batch_size, 4, 84, 84).contiguous(memory_format=torch.channels_last)
+    agent, optimizer = agent_and_optimizer(capacity, args)
+    x = torch.rand(batch_size, 4, 84, 84, device=args.device)
+    x = x.contiguous(memory_format=torch.channels_last)
 
     def work():
-        hidden = agent.network(x)
-        loss = agent.actor(hidden).logsumexp(-1).mean() + agent.critic(hidden).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return batch_size
+        for _ in range(1 if args.device == "cpu" else 100):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                hidden = agent.network(x)
+            hidden = hidden.float()
+            loss = agent.actor(hidden).logsumexp(-1).mean() + agent.critic(hidden).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if args.device == "cpu":
+            return batch_size
+        torch.cuda.synchronize()
+        return 100 * batch_size
 
     return work
 
@@ -141,8 +164,8 @@ def quiet_folder():
             os.chdir(before)
 
 
-def ppo_script(num_envs, batch_size, num_steps=128, iterations=3):
-    """The teacher's own `main`: (rollout steps/s, update samples/s, whole steps/s), last rounds.
+def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=3):
+    """The teacher's own `main`: rollout steps/s, update samples/s, whole steps/s.
 
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
     update from there to its last optimiser step; the first iteration is warm-up.
@@ -153,9 +176,9 @@ def ppo_script(num_envs, batch_size, num_steps=128, iterations=3):
     try:
         with quiet_folder(), contextlib.ExitStack() as at_exit:
             teacher.main(teacher.Args(
-                num_envs=num_envs, num_steps=num_steps, num_minibatches=batch // batch_size,
+                num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches,
                 update_epochs=4, total_timesteps=iterations * batch, eval_steps=0,
-                device="cpu"), at_exit)
+                device=args.device, bf16=args.bf16), at_exit)
     finally:
         for name, function in plain.items():
             setattr(teacher, name, function)
@@ -165,93 +188,110 @@ def ppo_script(num_envs, batch_size, num_steps=128, iterations=3):
              for i, begin in enumerate(begun)]
     rollout = statistics.median(begun[i + 1] - ended[i] for i in range(len(begun) - 1))
     update = statistics.median(ended[i] - begun[i] for i in range(1, len(begun)))
-    return batch / rollout, 4 * batch / update, batch / (rollout + update)
+    whole = (begun[-1] - begun[0]) / (len(begun) - 1)
+    return batch / rollout, 4 * batch / update, batch / whole
 
 
-def collection(num_envs, samples):
-    """`collect` of `collect_buffer.py`: steps/s."""
-    agent, _ = agent_and_optimizer("high")
-    envs = collect.make_envs(ROM, num_envs, False, 0.0)
-    with quiet_folder():
-        start = time.perf_counter()
-        collect.collect(agent, envs, samples, 1, False, lambda *end: None)
-        return samples / (time.perf_counter() - start)
+def cleanrl_script(args, iterations=4):
+    """CleanRL's `ppo_atari.py` on the same device: whole steps/s, without its start."""
+    code = ("import ale_py, runpy, sys\n"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    flags = f"--env-id {GAME} --total-timesteps {iterations * 1024}".split()
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [args.cleanrl_python, "-c", code, str(Path(args.cleanrl, "cleanrl/ppo_atari.py")),
+             *flags, *([] if args.device == "cuda" else ["--no-cuda"])],
+            env={**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}, cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        times = [time.perf_counter() for line in process.stdout if line.startswith("SPS")]
+    if process.wait() or len(times) < 2:
+        sys.exit(f"--cleanrl {args.cleanrl}: failed: {process.stderr.read()[-500:]}")
+    return (len(times) - 1) * 1024 / (times[-1] - times[0])
 
 
-def evaluation(num_envs, steps):
-    """`play` of any script, cut off after `steps`: steps/s while every slot plays."""
-    agent, _ = agent_and_optimizer("high")
-    envs = teacher.make_envs(ROM, num_envs, False, 0.0)
-    calls = []
+class Timed:
+    """An AtariVectorEnv that notes when it was received from, and stops the script at last."""
 
-    class Enough(Exception):
-        pass
+    def __init__(self, envs, rounds=None):
+        self.envs, self.rounds, self.times = envs, rounds, []
 
-    class Counting:
-        num_envs = envs.num_envs
-        reset = staticmethod(envs.reset)
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
 
-        @staticmethod
-        def step(actions):
-            calls.append(time.perf_counter())
-            if len(calls) * num_envs > steps:
-                raise Enough
-            return envs.step(actions)
+    def recv(self):
+        self.times.append(time.perf_counter())
+        if len(self.times) == self.rounds:
+            raise Enough
+        return self.envs.recv()
 
+
+class Enough(Exception):
+    """Cuts a phase short."""
+
+
+def playing(phase, capacity, num_envs, steps, args):
+    """`collect` or `play`: steps/s, the games' reset left out."""
+    agent, _ = agent_and_optimizer(capacity, args)
+    halves = teacher.make_envs(ROM, num_envs, False, 0.0)
+    envs, part = halves[-1]
+    timed = Timed(envs, steps // num_envs)
+    halves[-1] = timed, part
     with quiet_folder(), contextlib.suppress(Enough):
-        teacher.play(agent, Counting, 10**9, 1, False)
-    return (len(calls) - 1) * num_envs / (calls[-1] - calls[0])
+        if phase == "collection":
+            collect.collect(agent, halves, 2 * steps, 1, False, lambda *end: None)
+        else:
+            teacher.play(agent, halves, 10**9, 1, False)
+    return (len(timed.times) - 1) * num_envs / (timed.times[-1] - timed.times[0])
 
 
-def distillation(capacity, batch_size, buffer_path, samples):
+def distillation(capacity, samples, args):
     """The loop of `actor_distill.py`'s own `main`, its first epoch cut off: samples/s."""
     plain, calls = distill.distill_update, []
 
-    class Enough(Exception):
-        pass
-
-    def counted(*args):
+    def counted(*batch):
         calls.append(time.perf_counter())
-        if len(calls) * batch_size > samples:
+        if len(calls) * args.batch_size > samples:
             raise Enough
-        return plain(*args)
+        return plain(*batch)
 
     validate = distill.validate
-    distill.validate = lambda *args: {f"validation/{name}": 1.0 for name in (
+    distill.validate = lambda *batch: {f"validation/{name}": 1.0 for name in (
         "kl", "agreement", "entropy_gap", "value_loss")}
     distill.distill_update = counted
     try:
         with quiet_folder(), contextlib.suppress(Enough), contextlib.ExitStack() as at_exit:
-            distill.main(distill.Args(capacity=capacity, batch_size=batch_size, eval_steps=0,
-                                      buffer_path=buffer_path, device="cpu"), at_exit)
+            distill.main(distill.Args(
+                capacity=capacity, batch_size=args.batch_size, eval_steps=0, bf16=args.bf16,
+                buffer_path=args.buffer_path, device=args.device), at_exit)
     finally:
         distill.distill_update, distill.validate = plain, validate
     warm = len(calls) // 4
-    return (len(calls) - 1 - warm) * batch_size / (calls[-1] - calls[warm])
+    return (len(calls) - 1 - warm) * args.batch_size / (calls[-1] - calls[warm])
 
 
-def plain_loop(batch_size, buffer_path, samples):
+def plain_loop(samples, args):
     """What a newcomer would write: stacked observations, a DataLoader, contiguous NCHW."""
-    with np.load(buffer_path) as buffer:
-        rows = min(len(buffer["stack_index"]), samples + batch_size)
+    with np.load(args.buffer_path) as buffer:
+        rows = min(len(buffer["stack_index"]), samples + args.batch_size)
         obs = torch.from_numpy(buffer["frames"][buffer["stack_index"][:rows]])
         targets = torch.from_numpy(buffer["action_probs"][:rows])
-    agent = teacher.Agent("medium", NUM_ACTIONS)
+    agent = teacher.Agent("medium", NUM_ACTIONS).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(obs, targets), batch_size,
-                                         shuffle=True)
+    data = torch.utils.data.TensorDataset(obs, targets)
+    loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True)
     times = []
     for x, target in loader:
+        x, target = x.to(args.device), target.to(args.device)
         logits = agent.actor(agent.network(x.float() / 255))
         loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         times.append(time.perf_counter())
-        if len(times) * batch_size >= samples:
+        if len(times) * args.batch_size >= samples:
             break
     warm = len(times) // 4
-    return (len(times) - 1 - warm) * batch_size / (times[-1] - times[warm])
+    return (len(times) - 1 - warm) * args.batch_size / (times[-1] - times[warm])
 
 
 def loading(buffer_path):
@@ -278,7 +318,7 @@ def loading(buffer_path):
 
 def decision(capacity):
     """Microseconds from one observation to one action, one thread; multiply-adds; parameters."""
-    agent, _ = agent_and_optimizer(capacity)
+    agent = teacher.Agent(capacity, NUM_ACTIONS).to(memory_format=torch.channels_last)
     obs = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
     multiply_adds = 0
     shape = {0: 20 * 20, 2: 9 * 9, 4: 7 * 7, 7: 1}
@@ -308,8 +348,8 @@ def main(args):
         rates.setdefault(name, []).append(rate)
 
     floors = {"env": environment_alone(args.num_envs),
-              "forward high": forward_alone("high", args.num_envs)}
-    floors |= {f"update {c}": update_alone(c, args.batch_size) for c in CAPACITIES}
+              "forward high": forward_alone("high", args.num_envs, args)}
+    floors |= {f"update {c}": update_alone(c, args.batch_size, args) for c in CAPACITIES}
     for work in floors.values():
         work()
     steps = 1024 * max(1, round(args.seconds))
@@ -318,20 +358,23 @@ def main(args):
               file=sys.stderr)
         for name, work in floors.items():
             add(name, until(args.seconds, work))
-        rollout, update, whole = ppo_script(args.num_envs, args.batch_size)
+        rollout, update, whole = ppo_script(
+            args, args.num_envs, args.num_envs * 128 // args.batch_size)
         add("rollout", rollout)
         add("ppo update", update)
         add("ppo whole", whole)
-        add("collection", collection(args.num_envs, 2 * steps))
-        add("evaluation", evaluation(args.num_envs, 2 * steps))
+        for phase in ("collection", "evaluation"):
+            add(phase, playing(phase, "high", args.num_envs, 2 * steps, args))
         for capacity in CAPACITIES:
-            add(f"distil {capacity}", distillation(capacity, args.batch_size, args.buffer_path,
-                                                   16 * args.batch_size))
-        add("plain loop", plain_loop(args.batch_size, args.buffer_path, 12 * args.batch_size))
+            add(f"distil {capacity}", distillation(capacity, 24 * args.batch_size, args))
+        add("plain loop", plain_loop(16 * args.batch_size, args))
         ours, numpys, peak = loading(args.buffer_path)
         add("load", ours)
         add("np.load", numpys)
         add("load peak", peak)
+        if args.cleanrl:
+            add("ours", ppo_script(args, 8, 4, iterations=5)[2])
+            add("CleanRL", cleanrl_script(args, iterations=5))
     median = {name: statistics.median(values) for name, values in rates.items()}
 
     def paired(name, floor):
@@ -367,6 +410,8 @@ def main(args):
         "seconds": round(time.time() - started), "flags": vars(args), "rates": rates,
         "table": table, "medium distillation over a plain loop":
             paired("distil medium", lambda x: x["plain loop"]),
+        "PPO whole over CleanRL": paired("ours", lambda x: x["CleanRL"])
+            if args.cleanrl else None,
         "peak memory of loading over the arrays": median["load peak"],
         "decisions": decisions, "peak memory MB": resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss / 1e3}
@@ -377,8 +422,14 @@ def main(args):
     lines += [f"| {row['phase']} | {row['rate']:,.0f} {row['unit']} | {row['floor']:,.0f} | "
               f"{row['ratio']:.2f} |" for row in table]
     over_plain = result["medium distillation over a plain loop"]
+    peer = ""
+    if args.cleanrl:
+        peer = (f" With 8 games, 128 steps, 4 minibatches and 4 epochs, PPO runs at "
+                f"{median['ours']:,.0f} steps/s and CleanRL's `ppo_atari.py` at "
+                f"{median['CleanRL']:,.0f}: {result['PPO whole over CleanRL']:.2f} times as fast.")
     lines += ["", f"Loading takes {median['load peak']:.2f} times the arrays' size at its peak. "
-              f"Medium distillation runs at {over_plain:.2f} times a plain PyTorch loop.", "",
+              f"Medium distillation runs at {over_plain:.2f} times a plain PyTorch loop." + peer,
+              "",
               "| one decision, 1 thread | high | medium | low |", "|---|---|---|---|"]
     for i, label in enumerate(("µs", "multiply-adds", "parameters")):
         lines.append(f"| {label} | " + " | ".join(f"{decisions[c][i]:,.0f}" for c in CAPACITIES)

@@ -1,12 +1,13 @@
 """The four scripts as a user runs them: chained by default paths, tracked, resumed, evaluated."""
 
+import importlib
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import PHASES, SCRIPTS, SMALL_PPO, run_script
+from conftest import PHASES, SCRIPTS, SMALL_PPO, run_main, run_script
 from test_ppo import tensorboard_scalars
 
 GAME = "PongNoFrameskip-v4"
@@ -208,3 +209,29 @@ def test_other_ids_of_a_game_end_up_in_the_same_place(chain, tmp_path):
     checkpoint = torch.load(tmp_path / "checkpoints/MsPacmanNoFrameskip-v4/ppo_low.pt",
                             weights_only=True)
     assert checkpoint["env_id"] == "MsPacmanNoFrameskip-v4" and checkpoint["num_actions"] == 9
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("script, update", [
+    ("ppo_atari_teacher", "ppo_update"), ("actor_distill", "distill_update"),
+    ("finetune_student", "ppo_update")])
+def test_bf16_is_for_training_alone(chain, script, update, bf16, tmp_path, monkeypatch):
+    """Updates run as the flag says, evaluations and validations always in float32."""
+    monkeypatch.chdir(tmp_path)
+    module, used = importlib.import_module(script), []
+    for name in (update, "validate"):
+        if plain := getattr(module, name, None):
+            monkeypatch.setattr(module, name, lambda agent, *x, plain=plain, name=name, **y: (
+                used.append((name, agent.bf16)), plain(agent, *x, **y))[1])
+    monkeypatch.setattr(module, "play", lambda agent, *x: (
+        used.append(("play", agent.bf16)), ([1.0], [1]))[1])
+    flags = {"num_envs": 2, "eval_steps": 10, "device": "cpu", "bf16": bf16, "save_path": "x.pt"}
+    if script == "actor_distill":
+        flags |= {"epochs": 1, "buffer_path": str(chain[0] / f"buffers/{GAME}.npz")}
+    else:
+        flags |= {"num_steps": 8, "num_minibatches": 2, "total_timesteps": 16, "update_epochs": 1}
+    if script == "finetune_student":
+        flags["student_path"] = str(chain[0] / f"checkpoints/{GAME}/distilled_medium.pt")
+    run_main(module, module.Args(**flags))
+    assert set(used) == {(update, bf16), ("play", False)} | (
+        {("validate", False)} if script == "actor_distill" else set())

@@ -20,16 +20,19 @@ def test_other_ids_are_refused_with_close_names(env_id, meant):
 
 @pytest.mark.parametrize("rom, num_actions", [("pong", 6), ("breakout", 4), ("ms_pacman", 9)])
 def test_spaces(rom, num_actions):
-    envs = teacher.make_envs(rom, 2, True, 0.0)
-    obs, _ = envs.reset(seed=teacher.game_seeds(2, 1, 1))
-    assert (obs.shape, obs.dtype) == ((2, 4, 84, 84), np.uint8)
-    assert not obs[:, :3].any() and obs[:, 3].any(), "blank frames before a game's start"
-    assert envs.single_action_space.n == num_actions
+    halves = teacher.make_envs(rom, 5, True, 0.0)
+    assert [part for _, part in halves] == [slice(0, 3), slice(3, 5)]
+    for (envs, part), size in zip(halves, (3, 2)):
+        obs, _ = envs.reset(seed=teacher.game_seeds(5, 1, 1)[part])
+        assert (obs.shape, obs.dtype) == ((size, 4, 84, 84), np.uint8)
+        assert not obs[:, :3].any() and obs[:, 3].any(), "blank frames before a game's start"
+        assert envs.single_action_space.n == num_actions
+    assert [part for _, part in teacher.make_envs(rom, 1, True, 0.0)] == [slice(0, 1)]
 
 
 @pytest.mark.parametrize("life_loss", [True, False])
 def test_lost_lives_end_episodes_in_training_only(life_loss):
-    envs = teacher.make_envs("breakout", 4, life_loss, 0.0)
+    envs, _ = teacher.make_envs("breakout", 8, life_loss, 0.0)[1]
     _, info = envs.reset(seed=teacher.game_seeds(4, 1, 1))
     rng, lives, frame = np.random.default_rng(0), info["lives"], info["episode_frame_number"]
     lost, games = 0, 0
@@ -46,7 +49,7 @@ def test_lost_lives_end_episodes_in_training_only(life_loss):
 
 def test_sticky_actions_change_the_game():
     def play(probability):
-        envs = teacher.make_envs("breakout", 1, False, probability)
+        (envs, _), = teacher.make_envs("breakout", 1, False, probability)
         envs.reset(seed=teacher.game_seeds(1, 1, 1))
         rng = np.random.default_rng(0)
         return np.concatenate([envs.step(rng.integers(0, 4, 1))[0] for _ in range(60)])

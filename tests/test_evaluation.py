@@ -9,21 +9,26 @@ import torch
 
 
 class ScriptedGames:
-    """Games of given lengths in each slot; the return of game k of slot e is 100 e + k."""
+    """Games of given lengths in the slots of one half; game k of slot e returns 100 e + k."""
 
-    def __init__(self, lengths):
-        self.lengths, self.num_envs = lengths, len(lengths)
+    def __init__(self, lengths, part):
+        self.lengths, self.first = lengths[part], part.start
+        self.num_envs = len(self.lengths)
 
     def reset(self, seed):
         self.played, self.number = [0] * self.num_envs, [0] * self.num_envs
         return np.zeros((self.num_envs, 4, 84, 84), np.uint8), {}
 
-    def step(self, action):
+    def send(self, action):
+        assert action.shape == (self.num_envs,)
+
+    def recv(self):
         reward, ended = np.zeros(self.num_envs, np.int32), np.zeros(self.num_envs, bool)
         for e in range(self.num_envs):
             self.played[e] += 1
             if self.played[e] == self.lengths[e][self.number[e] % len(self.lengths[e])]:
-                reward[e], ended[e] = 100 * e + self.number[e], True
+                reward[e] = 100 * (self.first + e) + self.number[e]
+                ended[e] = True
                 self.played[e], self.number[e] = 0, self.number[e] + 1
         truncated = ended & (np.arange(self.num_envs) % 2 == 1)  # both kinds of end count
         obs = np.zeros((self.num_envs, 4, 84, 84), np.uint8)
@@ -41,31 +46,34 @@ def test_counts_the_games_begun_within_the_budget(lengths, eval_steps):
     for e, slot in enumerate(lengths):
         begins = [0, *itertools.accumulate(slot)]
         expected += [(100 * e + k, slot[k]) for k in range(len(slot)) if begins[k] < quota]
-    returns, games = teacher.play(agent, ScriptedGames(lengths), eval_steps, 1, False)
+    middle = (len(lengths) + 1) // 2
+    parts = [slice(0, middle), slice(middle, len(lengths))][:len(lengths)]
+    halves = [(ScriptedGames(lengths, part), part) for part in parts]
+    returns, games = teacher.play(agent, halves, eval_steps, 1, False)
     assert sorted(zip(returns, games)) == sorted(expected)
 
 
 def test_real_games_are_whole_and_lost_lives_end_nothing():
-    envs = teacher.make_envs("breakout", 3, False, 0.0)
+    halves = teacher.make_envs("breakout", 3, False, 0.0)
     agent = teacher.Agent("low", 4)
     with torch.no_grad():
         agent.actor.bias[1] = 1.0
-    returns, lengths = teacher.play(agent, envs, 600, 1, False)
+    returns, lengths = teacher.play(agent, halves, 600, 1, False)
     assert len(returns) >= 3
     assert min(lengths) > 60, "five lives take longer than this"
 
 
 def test_evaluation_leaves_the_random_state_alone():
-    envs = teacher.make_envs("breakout", 2, False, 0.0)
+    halves = teacher.make_envs("breakout", 2, False, 0.0)
     agent = teacher.Agent("low", 4)
     with torch.no_grad():
         agent.actor.bias[1] = 1.0
     before = torch.get_rng_state()
-    first = teacher.play(agent, envs, 10, 4, False)
+    first = teacher.play(agent, halves, 10, 4, False)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(5)
-    assert teacher.play(agent, envs, 10, 4, False) == first
-    assert teacher.play(agent, envs, 10, 5, False) != first
+    assert teacher.play(agent, halves, 10, 4, False) == first
+    assert teacher.play(agent, halves, 10, 5, False) != first
 
 
 def test_summary_equals_values_worked_by_hand():

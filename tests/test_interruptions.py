@@ -170,10 +170,13 @@ def test_a_signal_ends_a_collection_with_a_shorter_whole_buffer(chain, number, t
 
 
 def test_a_stopped_collection_equals_the_start_of_the_whole_one():
-    """Stop after 30 whole steps of 7 games: every array is that of the longer recording."""
+    """Stop after 30 whole steps of 7 games: every array is that of the longer recording.
+
+    The first half of the games is then a step ahead of the second.
+    """
     class Stopping:
-        def __init__(self, steps):
-            self.envs, self.left = collect.make_envs("breakout", 7, False, 0.0), steps
+        def __init__(self, envs, steps):
+            self.envs, self.left = envs, steps
 
         def __getattr__(self, name):
             return getattr(self.envs, name)
@@ -186,8 +189,10 @@ def test_a_stopped_collection_equals_the_start_of_the_whole_one():
 
     def record(steps):
         torch.manual_seed(0)
-        return collect.collect(collect.Agent("low", 4), Stopping(steps), 703, 1, False,
-                               lambda *end: None)
+        (first, part), second = collect.make_envs("breakout", 7, False, 0.0)
+        stopping = Stopping(second[0], steps)
+        return collect.collect(collect.Agent("low", 4), [(first, part), (stopping, second[1])],
+                               703, 1, False, lambda *end: None)
 
     (whole, nothing), (short, stopped) = record(10**9), record(30)
     assert nothing is None and stopped.args == (signal.SIGTERM,)
@@ -211,7 +216,7 @@ def test_a_second_signal_leaves_at_once(chain, script, tmp_path):
     time.sleep(1)
     run.process.send_signal(signal.SIGINT)
     status, seconds = run.end(signal.SIGINT)
-    assert status == 130 and seconds < 2
+    assert status == 130 and seconds < 4
     if file.exists():
         whole = distill.load_buffer if script == "collect_buffer.py" else teacher.load_checkpoint
         whole(file, GAME, MEANINGS if script == "collect_buffer.py" else 6, "")

@@ -3,7 +3,35 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ppo_atari_teacher import Agent, sample_actions
+from conftest import opinionated_agent
+from ppo_atari_teacher import Agent, ppo_loss, sample_actions
+
+
+def gradient(agent, obs, actions, advantages, returns):
+    """The whole gradient of PPO's loss where the rollout's policy is the agent's own."""
+    with torch.no_grad():
+        logits, values = agent(obs)
+    logprobs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+    loss, _ = ppo_loss(*agent(obs), actions, logprobs, advantages, returns, values,
+                       clip_coef=0.1, clip_vloss=True, ent_coef=0.01, vf_coef=0.5)
+    agent.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+
+
+@pytest.mark.parametrize("capacity", ["high", "medium", "low"])
+def test_bf16_turns_the_gradient_by_less_than_a_minibatch_does(capacity):
+    agent = opinionated_agent(Agent, capacity, 6)
+    obs = torch.randint(0, 256, (128, 4, 84, 84), dtype=torch.uint8)
+    batch = obs, torch.randint(0, 6, (128,)), torch.randn(128), torch.randn(128)
+    plain, (logits, values) = gradient(agent, *batch), agent(obs)
+    agent.bf16 = True
+    rounded, (logits_16, values_16) = gradient(agent, *batch), agent(obs)
+    assert {x.dtype for x in (logits_16, values_16, rounded)} == {torch.float32}
+    assert torch.cosine_similarity(plain, rounded, 0) > 0.97
+    assert rounded.norm() / plain.norm() == pytest.approx(1, abs=0.05)
+    assert 0 < (logits - logits_16).abs().max() < 0.02 * logits.abs().max()
+    assert 0 < (values - values_16).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("capacity, weights",

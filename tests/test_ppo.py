@@ -1,15 +1,14 @@
 """PPO's parts against independent computations, and PPO whole on real games."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
 import ppo_atari_teacher as teacher
 import pytest
 import torch
-from ale_py.vector_env import AtariVectorEnv
 from conftest import run_main
-from gymnasium.vector import AutoresetMode
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -148,7 +147,7 @@ def test_loaded_optimizer_goes_on_as_if_never_saved(tmp_path):
 
 
 def test_a_kept_training_state_is_not_moved_by_later_updates():
-    """A signal in mid-iteration writes the state after the last whole one, not what is under way."""
+    """A signal in mid-iteration writes the state after the last whole one, nothing under way."""
     agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
     teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
@@ -183,18 +182,20 @@ def test_logged_returns_are_raw_rewards_over_full_games(game, rom, num_steps, tm
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))
 
     teacher.set_up_torch(args)
-    envs = teacher.make_envs(rom, 2, False, 0.0)
-    agent = teacher.Agent("low", envs.single_action_space.n).to(memory_format=torch.channels_last)
-    obs, _ = envs.reset(seed=teacher.game_seeds(2, args.seed, 1, 0))
+    games = [envs for envs, _ in teacher.make_envs(rom, 2, False, 0.0)]
+    agent = teacher.Agent("low", games[0].single_action_space.n)
+    agent = agent.to(memory_format=torch.channels_last)
+    seeds = teacher.game_seeds(2, args.seed, 1, 0)
+    obs = [envs.reset(seed=seeds[e:e + 1])[0] for e, envs in enumerate(games)]
     total, returns, lengths, began = np.zeros(2), [], [], np.zeros(2)
-    for t in range(num_steps):
+    for t, (e, envs) in itertools.product(range(num_steps), enumerate(games)):
         with torch.no_grad():
-            action = teacher.sample_actions(agent(torch.from_numpy(obs))[0])
-        obs, reward, terminated, truncated, _ = envs.step(action.numpy())
-        total += reward
-        for e in np.flatnonzero(terminated | truncated):
-            returns.append((2 * (t + 1), total[e]))
-            lengths.append((2 * (t + 1), t + 1 - began[e]))
+            action = teacher.sample_actions(agent(torch.from_numpy(obs[e]))[0])
+        obs[e], reward, terminated, truncated, _ = envs.step(action.numpy())
+        total[e] += reward[0]
+        if terminated | truncated:
+            returns.append((2 * t + e + 1, total[e]))
+            lengths.append((2 * t + e + 1, t + 1 - began[e]))
             total[e], began[e] = 0, t + 1
     assert len(returns) >= 2
     assert scalars["charts/episodic_return"] == returns
@@ -204,9 +205,8 @@ def test_logged_returns_are_raw_rewards_over_full_games(game, rom, num_steps, tm
 def test_truncation_bootstraps_and_nothing_else_does(tmp_path, monkeypatch):
     """Breakout cut off after 50 steps: what the training hands to GAE."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher, "make_envs", lambda rom, n, life_loss, sticky: AtariVectorEnv(
-        rom, n, autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
-        life_loss_info=life_loss, max_num_frames_per_episode=200))
+    monkeypatch.setattr(teacher, "preprocessing", lambda plain=teacher.preprocessing: {
+        **plain(), "max_num_frames_per_episode": 200})
     seen = []
     monkeypatch.setattr(teacher, "gae", lambda *inputs: (seen.append(inputs),
                                                          torch.zeros_like(inputs[0]))[1])

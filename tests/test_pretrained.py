@@ -1,4 +1,4 @@
-"""What ships in `pretrained/`: the files are those of its table, and they do what the table says."""
+"""What ships in `pretrained/`: the files are those of its table and do what the table says."""
 
 import hashlib
 import json
@@ -33,18 +33,19 @@ def test_every_file_is_in_the_table_with_its_sha256():
 @pytest.mark.parametrize("game", GAMES)
 def test_teacher_is_stripped_small_and_as_good_as_its_row_says(game):
     path = PRETRAINED / game / "ppo_high.pt"
-    envs = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
+    (envs, _), = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
     checkpoint, _ = collect.load_checkpoint(path, game, int(envs.single_action_space.n), "")
     assert not {"optimizer", "rng"} & checkpoint.keys() and path.stat().st_size < 7e6
     result, row = checkpoint["evaluation"], " ".join(table_rows()[f"{game}/ppo_high.pt"])
+    low, high = result["ci95"]
     for text in (f"{checkpoint['global_step']:,}", f"{result['mean']:.2f} ± {result['std']:.2f}",
-                 f"{result['episodes']} games", f"{result['ci95'][0]:.2f} to {result['ci95'][1]:.2f}"):
+                 f"{result['episodes']} games", f"{low:.2f} to {high:.2f}"):
         assert text in row, text
 
 
 @pytest.mark.parametrize("game", GAMES)
 def test_buffer_was_recorded_from_the_shipped_teacher(game):
-    envs = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
+    (envs, _), = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
     meanings = [action.name for action in envs.ale.get_action_set()]
     buffer = distill.load_buffer(PRETRAINED / game / "buffer.npz", game, meanings, "")
     teacher = (PRETRAINED / game / "ppo_high.pt").read_bytes()
