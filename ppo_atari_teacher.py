@@ -17,6 +17,7 @@ this file is in steps, summed over the games that are played at once.
 import atexit
 import contextlib
 import copy
+import ctypes
 import difflib
 import io
 import itertools
@@ -637,7 +638,7 @@ def new_run(env_id, args):
 
 
 def set_up_torch(args):
-    """Seed torch, set cuDNN's determinism, and return the device that the flags ask for.
+    """Seed torch, set cuDNN's determinism, keep memory, and return the device of the flags.
 
     Raises:
         UsageError: if that is a GPU and there is none.
@@ -645,6 +646,12 @@ def set_up_torch(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
+    with contextlib.suppress(AttributeError):  # where the C library is not glibc
+        # glibc returns large blocks to the system at once, so that every batch would fetch its
+        # activations page by page: a fifth to a third of the time at batches of 1024 and more
+        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; pass --device cpu or auto")
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")

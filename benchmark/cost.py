@@ -75,6 +75,7 @@ def training(kind, capacity, batch_size, buffer, args):
 
 def main(args):
     started = time.time()
+    teacher.set_up_torch(teacher.Args(device=args.device))
     with np.load(args.buffer_path) as arrays:
         buffer = [torch.from_numpy(arrays[name]).to(args.device)
                   for name in ("frames", "stack_index", "action_probs", "values")]

@@ -342,6 +342,7 @@ def decision(capacity):
 
 def main(args):
     started = time.time()
+    teacher.set_up_torch(teacher.Args(device=args.device))
     rates = {}
 
     def add(name, rate):

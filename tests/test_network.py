@@ -1,9 +1,14 @@
 """The network against the paper's counts, CleanRL's names, and a plain forward pass."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import opinionated_agent
+from conftest import ROOT, opinionated_agent
 from ppo_atari_teacher import Agent, ppo_loss, sample_actions
 
 
@@ -61,6 +66,23 @@ def test_forward_equals_plain_convolutions(capacity):
     torch.testing.assert_close(logits, x @ w["actor.weight"].T + w["actor.bias"], atol=1e-5, rtol=0)
     torch.testing.assert_close(values, (x @ w["critic.weight"].T + w["critic.bias"])[:, 0],
                                atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_memory_of_large_batches_is_kept(tmp_path):
+    """A batch of 1024 is 115 MB of floats, 28,000 pages: not to be fetched in every update."""
+    code = ("import resource, torch, ppo_atari_teacher as t\n"
+            "t.set_up_torch(t.Args(device='cpu'))\n"
+            "agent = t.Agent('low', 6).to(memory_format=torch.channels_last)\n"
+            "obs = torch.zeros(1024, 4, 84, 84, dtype=torch.uint8)\n"
+            "faults = []\n"
+            "for _ in range(6):\n"
+            "    agent.zero_grad(); agent(obs)[0].sum().backward()\n"
+            "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+            "print(faults[-1] - faults[2])")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert int(result.stdout) < 3 * 2800
 
 
 def test_initial_weights_are_orthogonal_with_the_stated_gains():
