@@ -103,8 +103,10 @@ class Args:
     """passes over the buffer; the paper uses 10 to 400"""
     batch_size: int = 64
     """samples a gradient step; the last batch of an epoch may be smaller"""
-    learning_rate: float = 1e-3
-    """Adam's learning rate at the start"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """mini-batch SGD, as in the paper, with momentum 0.9; or Adam"""
+    learning_rate: float | None = None
+    """learning rate at the start; default 0.03 for SGD, 0.001 for Adam"""
     anneal_lr: bool = False
     """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
     temperature: float = 1.0
@@ -866,11 +868,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def restore(path, saved, phase, args, agent, optimizer, free=()):
-    """Go on where a checkpoint was saved: put back weights, Adam's moments and random states.
+    """Go on where a checkpoint was saved: put back weights, moments and random states.
 
-    Each moment gets its parameter's memory layout. Fused Adam pairs them by their place in memory:
-    a moment in another layout than its channels_last weight would move the wrong weights, without
-    any error.
+    Each moment gets its parameter's memory layout. Fused optimisers pair them by their place in
+    memory: a moment in another layout than its channels_last weight would move the wrong weights,
+    without any error.
 
     Args:
         path, saved: the checkpoint's file and content.
@@ -901,15 +903,17 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
         parameters = list(agent.parameters())
+        adam = isinstance(optimizer, torch.optim.Adam)
+        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
         for i, moments in saved["optimizer"]["state"].items():
-            kept = {"step": torch.tensor(float(moments["step"]), device=parameters[i].device)}
-            for name in ("exp_avg", "exp_avg_sq"):
-                if (moments[name].shape, moments[name].dtype) != (
-                        parameters[i].shape, torch.float32):
+            kept = {}
+            for name in names:
+                like = parameters[i].sum() if name == "step" else parameters[i]
+                if (moments[name].shape, moments[name].dtype) != (like.shape, torch.float32):
                     raise ValueError(f"{name} {i} is of another shape or type")
-                kept[name] = torch.empty_like(parameters[i]).copy_(moments[name].detach())
+                kept[name] = torch.empty_like(like).copy_(moments[name].detach())
             if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
-                    and kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all()):
+                    and (not adam or kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all())):
                 raise ValueError(f"moments {i} are not finite or negative")
             optimizer.state[parameters[i]] = kept
         if not optimizer.state:
@@ -981,6 +985,7 @@ def main(args, at_exit):
         return
 
     args.capacity = args.capacity or "medium"
+    args.learning_rate = args.learning_rate or {"sgd": 0.03, "adam": 1e-3}[args.optimizer]
     buffer_path = args.buffer_path or default_path(
         f"buffers/{env_id}.npz", f"{env_id}/buffer.npz")
     save_path = args.save_path or f"checkpoints/{env_id}/distilled_{args.capacity}.pt"
@@ -1009,7 +1014,11 @@ def main(args, at_exit):
 
     agent = Agent(args.capacity, len(action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    else:
+        optimizer = torch.optim.SGD(agent.parameters(), lr=args.learning_rate, momentum=0.9,
+                                    fused=True)
     identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
                 "checkpoint": save_path}
     saved = {}

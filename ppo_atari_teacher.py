@@ -745,11 +745,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def restore(path, saved, phase, args, agent, optimizer, free=()):
-    """Go on where a checkpoint was saved: put back weights, Adam's moments and random states.
+    """Go on where a checkpoint was saved: put back weights, moments and random states.
 
-    Each moment gets its parameter's memory layout. Fused Adam pairs them by their place in memory:
-    a moment in another layout than its channels_last weight would move the wrong weights, without
-    any error.
+    Each moment gets its parameter's memory layout. Fused optimisers pair them by their place in
+    memory: a moment in another layout than its channels_last weight would move the wrong weights,
+    without any error.
 
     Args:
         path, saved: the checkpoint's file and content.
@@ -780,15 +780,17 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
         parameters = list(agent.parameters())
+        adam = isinstance(optimizer, torch.optim.Adam)
+        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
         for i, moments in saved["optimizer"]["state"].items():
-            kept = {"step": torch.tensor(float(moments["step"]), device=parameters[i].device)}
-            for name in ("exp_avg", "exp_avg_sq"):
-                if (moments[name].shape, moments[name].dtype) != (
-                        parameters[i].shape, torch.float32):
+            kept = {}
+            for name in names:
+                like = parameters[i].sum() if name == "step" else parameters[i]
+                if (moments[name].shape, moments[name].dtype) != (like.shape, torch.float32):
                     raise ValueError(f"{name} {i} is of another shape or type")
-                kept[name] = torch.empty_like(parameters[i]).copy_(moments[name].detach())
+                kept[name] = torch.empty_like(like).copy_(moments[name].detach())
             if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
-                    and kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all()):
+                    and (not adam or kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all())):
                 raise ValueError(f"moments {i} are not finite or negative")
             optimizer.state[parameters[i]] = kept
         if not optimizer.state:

@@ -47,10 +47,11 @@ ADAM = [("Adam", batch, rate, "constant") for batch in (32, 64, 128, 256)
         for rate in (3e-4, 1e-3, 2e-3, 4e-3)]
 OTHERS = [("Adam", 64, 1e-3, "linear"), ("Adam", 64, 2e-3, "linear"), ("Adam", 128, 2e-3, "linear"),
           ("Adam", 64, 1e-3, "cosine"), ("AdamW", 64, 1e-3, "constant"),
-          ("RMSprop", 64, 1e-3, "constant"), ("SGD", 64, 0.03, "constant")]
-FINALISTS = [("Adam", 64, 1e-3, "constant"), ("Adam", 64, 1e-3, "linear"),
-             ("Adam", 64, 2e-3, "linear"), ("SGD", 64, 0.03, "constant"),
-             ("SGD", 64, 0.03, "linear")]
+          ("RMSprop", 64, 1e-3, "constant")]
+OTHERS += [("SGD", batch, rate, "constant") for batch in (32, 64, 128)
+           for rate in (0.01, 0.03, 0.1)]
+FINALISTS = [(name, 64, rate, schedule) for name, rate in (("Adam", 1e-3), ("SGD", 0.03))
+             for schedule in ("constant", "linear")]
 OPTIMIZERS = {
     "Adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
     "AdamW": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),

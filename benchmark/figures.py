@@ -2,8 +2,9 @@
 
     python benchmark/figures.py
 
-Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/`, the
-teacher's run folder, and `distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`.
+Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/` and, where
+the teacher was trained on from there, `finetuned_high/`, its run folders, and
+`distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`.
 """
 
 import json
@@ -24,6 +25,10 @@ class Args:
     """folder of the results"""
     figures: str = "benchmark/figures"
     """folder to write to"""
+    parts: tuple[str, ...] = ("ppo_high", "finetuned_high")
+    """run folders of the teacher's training, in their order"""
+    steps: tuple[int, ...] = (972_800, 1_398_784)
+    """how many steps the shipped teacher took in each; what came after is left out"""
 
 
 def scalar(folder, tag):
@@ -32,12 +37,28 @@ def scalar(folder, tag):
     return np.array([x.step for x in events]), np.array([x.value for x in events])
 
 
-def learning_curve(folder, path):
-    """Every full game's return over the teacher's training, and the mean of the last 100."""
-    steps, returns = scalar(folder, "charts/episodic_return")
+def learning_curve(parts, path):
+    """Every full game's return over the teacher's training, and the mean of the last 100.
+
+    Args:
+        parts: run folders one after another, each with the steps that the teacher took in it.
+        path: picture to write.
+
+    Returns:
+        The evaluation in the last folder.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    steps, returns, begin = [], [], 0
+    for folder, length in parts:
+        at, found = scalar(folder, "charts/episodic_return")
+        steps.append(begin + at[at <= length])
+        returns.append(found[at <= length])
+        if begin:
+            axes.axvline(begin, linewidth=0.7, color="0.4")
+        begin += length
+    steps, returns = np.concatenate(steps), np.concatenate(returns)
     window = min(100, len(returns))
     means = np.convolve(returns, np.ones(window) / window, "valid")
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     axes.plot(steps, returns, ".", markersize=2, color="0.75", label="one game")
     axes.plot(steps[window - 1:], means, color="C3", label=f"mean of the last {window} games")
     result = json.loads((folder / "eval.json").read_text())
@@ -80,5 +101,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     results, figures = Path(args.results, args.env_id), Path(args.figures)
     figures.mkdir(parents=True, exist_ok=True)
-    teacher = learning_curve(results / "ppo_high", figures / f"{args.env_id}_teacher.png")
+    parts = [(results / name, steps) for name, steps in zip(args.parts, args.steps)]
+    teacher = learning_curve(parts, figures / f"{args.env_id}_teacher.png")
     epochs_figure(results, teacher, figures / f"{args.env_id}_epochs.png")

@@ -261,8 +261,8 @@ def distillation(capacity, samples, args):
     try:
         with quiet_folder(), contextlib.suppress(Enough), contextlib.ExitStack() as at_exit:
             distill.main(distill.Args(
-                capacity=capacity, batch_size=args.batch_size, eval_steps=0, bf16=args.bf16,
-                buffer_path=args.buffer_path, device=args.device), at_exit)
+                capacity=capacity, batch_size=args.batch_size, optimizer="adam", eval_steps=0,
+                buffer_path=args.buffer_path, device=args.device, bf16=args.bf16), at_exit)
     finally:
         distill.distill_update, distill.validate = plain, validate
     warm = len(calls) // 4

@@ -150,8 +150,9 @@ def distilled(small_buffer, folder, monkeypatch, **flags):
     return torch.load(folder / "student.pt", weights_only=True)
 
 
-def test_student_learns_held_out_play(small_buffer, tmp_path, monkeypatch, capsys):
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=6)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_student_learns_held_out_play(small_buffer, optimizer, tmp_path, monkeypatch, capsys):
+    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=6, optimizer=optimizer)
     lines = capsys.readouterr().out.splitlines()
     start = float(next(x for x in lines if x.startswith("epoch 0 ")).split()[4].strip(","))
     assert start > 0.15, "an untrained student is far from this teacher"
@@ -182,8 +183,8 @@ def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
 
 def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, learning_rate=3e-3,
-                        anneal_lr=False, early_stop_patience=1)
+    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, optimizer="adam",
+                        learning_rate=3e-3, anneal_lr=False, early_stop_patience=1)
     assert student["epoch"] < 40
     lines = capsys.readouterr().out.splitlines()
     assert (f"kept        the weights of epoch {student['epoch']} of {student['last_epoch']}"

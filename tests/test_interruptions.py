@@ -292,12 +292,14 @@ def same(first, second):
     return first == second
 
 
-@pytest.mark.parametrize("patience", [0, 3])
-def test_distillation_resumed_at_every_epoch_is_bit_identical(chain, patience, tmp_path):
+@pytest.mark.parametrize("patience, optimizer", [
+    (0, ["--optimizer", "adam", "--learning-rate", 3e-3]), (3, ["--optimizer", "sgd"])])
+def test_distillation_resumed_at_every_epoch_is_bit_identical(chain, patience, optimizer,
+                                                              tmp_path):
     def run(path, epochs, *flags):
         result = run_script(chain[0], "actor_distill.py", "--capacity", "low", "--epochs", epochs,
                             "--eval-steps", 0, "--save-path", path, "--value-coef", 0.5,
-                            "--early-stop-patience", patience, "--learning-rate", 3e-3, *flags)
+                            "--early-stop-patience", patience, *optimizer, *flags)
         assert result.returncode == 0, result.stderr
         return torch.load(path, weights_only=True)
 
