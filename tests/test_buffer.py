@@ -18,6 +18,7 @@ class Recorder:
         self.num_envs, self.single_action_space = envs.num_envs, envs.single_action_space
 
     def reset(self, seed):
+        self.seeds = set(seed)
         self.obs, info = self.envs.reset(seed=seed)
         return self.obs.copy(), info
 
@@ -89,6 +90,7 @@ def test_rewards_are_raw():
     agent = collect.Agent("low", halves[0][0].single_action_space.n)
     arrays, _ = collect.collect(agent, halves, 300, 1, False, lambda *end: None)
     log = joined(halves)
+    assert len(set.union(*(envs.seeds for envs, _ in halves))) == 3
     for i, e, t in samples(log, 300, 3):
         assert arrays["rewards"][i] == log[t][2][e]
     assert arrays["rewards"].max() >= 10

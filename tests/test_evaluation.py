@@ -16,6 +16,7 @@ class ScriptedGames:
         self.num_envs = len(self.lengths)
 
     def reset(self, seed):
+        self.seeds = set(seed)
         self.played, self.number = [0] * self.num_envs, [0] * self.num_envs
         return np.zeros((self.num_envs, 4, 84, 84), np.uint8), {}
 
@@ -51,6 +52,7 @@ def test_counts_the_games_begun_within_the_budget(lengths, eval_steps):
     halves = [(ScriptedGames(lengths, part), part) for part in parts]
     returns, games = teacher.play(agent, halves, eval_steps, 1, False)
     assert sorted(zip(returns, games)) == sorted(expected)
+    assert len(set.union(*(games.seeds for games, _ in halves))) == len(lengths)
 
 
 def test_real_games_are_whole_and_lost_lives_end_nothing():
