@@ -70,6 +70,6 @@ def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path):
     assert re.search(r"^pretrained  \S+buffer.npz serves as buffers/", fitted.stdout, re.M)
     student = torch.load(tmp_path / "checkpoints/PongNoFrameskip-v4/distilled_low.pt",
                          weights_only=True)
-    assert student["validation"]["validation/agreement"] > 0.7
+    assert student["validation"]["validation/agreement"] > 0.6
     assert before == {path: path.read_bytes() for path in before}
     assert json.loads(json.dumps(student["teacher"]["evaluation"]))["mean"] > 0
