@@ -50,8 +50,9 @@ OTHERS = [("Adam", 64, 1e-3, "linear"), ("Adam", 64, 2e-3, "linear"), ("Adam", 1
           ("RMSprop", 64, 1e-3, "constant")]
 OTHERS += [("SGD", batch, rate, "constant") for batch in (32, 64, 128)
            for rate in (0.01, 0.03, 0.1)]
-FINALISTS = [(name, 64, rate, schedule) for name, rate in (("Adam", 1e-3), ("SGD", 0.03))
-             for schedule in ("constant", "linear")]
+FINALISTS = [("Adam", 32, 2e-3, "constant"), ("Adam", 64, 1e-3, "constant"),
+             ("SGD", 32, 0.03, "constant"), ("SGD", 64, 0.03, "constant"),
+             ("SGD", 64, 0.03, "linear")]
 OPTIMIZERS = {
     "Adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True),
     "AdamW": lambda parameters, rate: torch.optim.AdamW(parameters, rate, fused=True),
