@@ -101,7 +101,7 @@ class Args:
     # Algorithm
     epochs: int = 10
     """passes over the buffer; the paper uses 10 to 400"""
-    batch_size: int = 64
+    batch_size: int = 32
     """samples a gradient step; the last batch of an epoch may be smaller"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """mini-batch SGD, as in the paper, with momentum 0.9; or Adam"""
