@@ -2,12 +2,14 @@
 
     python actor_distill.py --capacity medium --epochs 400
     python actor_distill.py --env-id BreakoutNoFrameskip-v4 --capacity low
+    python actor_distill.py --buffer-path buffers/dqn.npz --loss mse
     python actor_distill.py --eval-only checkpoints/PongNoFrameskip-v4/distilled_medium.pt
 
 The student minimises Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal
 Policy Optimization": the divergence KL(teacher || student), summed over the actions, averaged over
 the batch, without a temperature. A held-out share of the buffer tells when more epochs stop paying,
-the proxy metric that the paper leaves to future work.
+the proxy metric that the paper leaves to future work. From a buffer of Q-values it learns by one of
+the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default their Eq. 2.
 
 One step is one action of the agent, which the emulator repeats for four frames; one sample is one
 step of the buffer. `global_step` counts the samples seen.
@@ -109,8 +111,12 @@ class Args:
     """learning rate at the start; default 0.03 for SGD, 0.001 for Adam"""
     anneal_lr: bool = False
     """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
-    temperature: float = 1.0
-    """divide the teacher's log-probabilities by this first (Eq. 2); below 1 sharpens, 1 is Eq. 3"""
+    loss: Literal["kl", "mse", "nll"] = "kl"
+    """what the student minimises: KL divergence from the teacher's softmax, squared error of its
+    Q-values, or negative log-likelihood of the teacher's best action (Rusu et al. 2015)"""
+    temperature: float | None = None
+    """for the KL, divide the teacher's Q-values or log-probabilities by this first (Eq. 2); below 1
+    sharpens; default 0.01 for Q-values, 1 for a policy, which is Eq. 3"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
     validation_fraction: float = 0.05
@@ -169,7 +175,67 @@ def preprocessing():
             "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
 
 
-def make_envs(rom, num_envs, life_loss, repeat_action_probability):
+def default_protocol():
+    """How this project's own policies are played; students of other teachers follow theirs.
+
+    `fire_on_life_loss` and `repeat_first_frame` are those of `Games`; with `greedy` the network
+    gives Q-values, and an evaluation takes the best action instead of sampling one.
+    """
+    return {"fire_on_life_loss": False, "repeat_first_frame": False, "greedy": False}
+
+
+class Games(AtariVectorEnv):
+    """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
+
+    With `fire_on_life_loss`, in a game that knows FIRE, the step after a lost life presses it,
+    whatever action is sent, and the stack of frames begins anew after that step. A stack that
+    begins is filled up with blank frames or, with `repeat_first_frame`, with its first one.
+
+    Attributes:
+        new_life: bool [n], the games that FIRE will be pressed for in the next step.
+        new_game: bool [n], the games that the last step ended, and that began anew.
+        age: int64 [n], steps since each stack began.
+    """
+
+    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, **settings):
+        super().__init__(rom, num_envs, **settings)
+        actions = [action.name for action in self.ale.get_action_set()]
+        self.fire = actions.index("FIRE") if fire_on_life_loss and "FIRE" in actions else None
+        self.repeat_first_frame = repeat_first_frame
+
+    def reset(self, **options):
+        """Begin new games: observations and info."""
+        obs, info = super().reset(**options)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        self.age, self.new_life = np.zeros(len(obs), np.int64), np.zeros(len(obs), bool)
+        return self.begin_stacks(obs), info
+
+    def begin_stacks(self, obs):
+        """Fill up the stacks that have not four frames of their own yet, in place."""
+        if self.fire is not None or self.repeat_first_frame:
+            for i in np.flatnonzero(self.age < 3):
+                missing = 3 - self.age[i]
+                obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
+        return obs
+
+    def send(self, actions):
+        """Begin a step with actions int64 [n]."""
+        super().send(actions if self.fire is None else np.where(self.new_life, self.fire, actions))
+
+    def recv(self):
+        """End a step: observations, raw rewards, terminated, truncated and info."""
+        obs, reward, terminated, truncated, info = super().recv()
+        # only a new game turns back the frames
+        self.new_game = info["episode_frame_number"] < self.frame_number
+        self.age = np.where(self.new_game | self.new_life, 0, self.age + 1)
+        if self.fire is not None:
+            lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+            self.new_life = lost & ~self.new_game
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        return self.begin_stacks(obs), reward, terminated, truncated, info
+
+
+def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None):
     """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
     One half plays while the network decides for the other. A game that ends restarts within the
@@ -181,18 +247,20 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability):
         num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
+        protocol: dict as of `default_protocol`, or None for that.
 
     Returns:
-        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
-        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
-        game's start.
+        A list of (Games, slice of the N games that it plays): two, or one where N is 1. An
+        observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
     """
+    protocol = protocol or default_protocol()
     middle = (num_envs + 1) // 2
     parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
-    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
-                            reward_clipping=False, life_loss_info=life_loss,
-                            repeat_action_probability=repeat_action_probability,
-                            **preprocessing()), part) for part in parts]
+    return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
+                   protocol["repeat_first_frame"], autoreset_mode=AutoresetMode.SAME_STEP,
+                   reward_clipping=False, life_loss_info=life_loss,
+                   repeat_action_probability=repeat_action_probability, **preprocessing()), part)
+            for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -215,6 +283,10 @@ class Agent(nn.Module):
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
     weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
+
+    Args:
+        capacity: name in SIZES, or the four widths themselves.
+        num_actions: A.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
@@ -222,7 +294,7 @@ class Agent(nn.Module):
 
     def __init__(self, capacity, num_actions):
         super().__init__()
-        c1, c2, c3, hidden = self.SIZES[capacity]
+        c1, c2, c3, hidden = self.SIZES.get(capacity, capacity)
         self.network = nn.Sequential(
             layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
@@ -381,6 +453,21 @@ def default_path(path, shipped):
     return os.path.relpath(shipped)
 
 
+def load_tensors(content):
+    """What torch.save wrote as these bytes; no code in it is run.
+
+    Raises:
+        Exception: of any kind, as foreign bytes can make the parsers raise anything.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+        # without compression, so a member that is larger than the file is a trap
+        if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or archive.testzip() is not None):
+            raise ValueError("CRC mismatch")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
@@ -392,7 +479,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         capacity: size that the network must have, if any.
 
     Returns:
-        The checkpoint, a dict whose tensors are on the CPU, and its Agent.
+        The checkpoint, a dict whose tensors are on the CPU and that has a `protocol` even if the
+        file has none, and its Agent.
 
     Raises:
         UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
@@ -400,14 +488,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-            # without compression, so a member that is larger than the file is a trap
-            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
-                    or archive.testzip() is not None):
-                raise ValueError("CRC mismatch")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can make the parsers raise anything
+        checkpoint = load_tensors(Path(path).read_bytes())
+    except Exception as error:
         raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
@@ -421,13 +503,18 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         teacher = plain.get("teacher") or {"evaluation": None}
         results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
         numbers = [result["mean"] for result in results if result is not None]
-        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
-            numbers.append(plain["validation"][f"validation/{name}"])
+        if "validation" in plain:
+            loss = plain["args"].get("loss", "kl")
+            names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
+            numbers += [plain["validation"][f"validation/{name}"] for name in names]
+        protocol = plain.get("protocol", default_protocol())
         counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
         if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
                 or not isinstance(plain["args"], dict)
                 or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
                 or not all(type(x) is int and x >= 0 for x in counts)
+                or {name: bool(x) for name, x in protocol.items()} != protocol
+                or protocol.keys() != default_protocol().keys()
                 or not all(result is None or "greedy" in result for result in results)):
             raise ValueError
     except Exception:
@@ -452,7 +539,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
-    return checkpoint, agent
+    return checkpoint | {"protocol": protocol}, agent
 
 
 @torch.inference_mode()
@@ -535,23 +622,26 @@ def evaluate(agent, rom, args, identity, path):
         agent: the policy.
         rom: ale-py's name of the game.
         args: eval_steps, eval_greedy, num_envs, seed and repeat_action_probability are read.
-        identity: env_id, phase, capacity and checkpoint of the policy; the JSON repeats them.
+        identity: env_id, phase, capacity, checkpoint and protocol of the policy; the JSON repeats
+            them.
         path: file to write, such as `runs/{run_name}/eval.json`.
 
     Returns:
         What was written, without the list of every game's return and length.
     """
-    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    returns, lengths = play(agent, halves, args.eval_steps, args.seed, args.eval_greedy)
+    protocol = identity["protocol"]
+    greedy = args.eval_greedy or protocol["greedy"]
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
+    returns, lengths = play(agent, halves, args.eval_steps, args.seed, greedy)
     for envs, _ in halves:
         envs.close()
-    result = {**identity, "seed": args.seed, "greedy": args.eval_greedy, "num_envs": args.num_envs,
+    result = {**identity, "seed": args.seed, "greedy": greedy, "num_envs": args.num_envs,
               "repeat_action_probability": args.repeat_action_probability,
               "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
     with atomic_write(path) as file:
         file.write(json.dumps({**result, "returns": returns, "lengths": lengths}).encode())
     low, high = result["ci95"]
-    different = f" with {len(set(returns))} different returns" if args.eval_greedy else ""
+    different = f" with {len(set(returns))} different returns" if greedy else ""
     print(f"evaluation  {result['env_id']} {result['phase']} {result['capacity']}: mean "
           f"{result['mean']:.2f} ± {result['std']:.2f}, max {result['max']:g}, "
           f"{len(returns)} games{different}, {result['steps']:,} steps, iqm {result['iqm']:.2f}, "
@@ -702,24 +792,32 @@ def load_buffer(path, env_id, action_meanings, made_by):
         made_by: command that makes such a file, for the messages.
 
     Returns:
-        frames, stack_index, action_probs, values and episode_index, as `collect` describes them,
-        and `meta`, a dict: all by name.
+        frames, stack_index, action_probs or q_values, values and episode_index, as `collect`
+        describes them, and `meta`, a dict that names which in `targets`: all by name.
 
     Raises:
         UsageError: if the file is missing, damaged, foreign, or of other observations or actions.
     """
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    dtypes = {"frames": np.uint8, "stack_index": np.int32, "action_probs": np.float32,
-              "values": np.float32, "episode_index": np.int32}
+    dtypes = {"frames": np.uint8, "stack_index": np.int32, "values": np.float32,
+              "episode_index": np.int32}
     wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
               "preprocessing": preprocessing()}
     try:
         with zipfile.ZipFile(path) as archive:
-            declared = {name: npy_header(archive, name) for name in (*dtypes, "meta")}
-            if declared["meta"][1] != () or declared["meta"][0].itemsize > 2**20:
+            shape, dtype = npy_header(archive, "meta")[::-1]
+            if shape != () or dtype.itemsize > 2**20:
                 raise ValueError("array meta is no text")
             meta = json.loads(str(read_npy(archive, "meta")))
+            targets = meta.setdefault("targets", "action_probs")
+            protocol = meta.setdefault("protocol", default_protocol())
+            if (targets not in ("action_probs", "q_values")
+                    or {name: bool(x) for name, x in protocol.items()} != protocol
+                    or protocol.keys() != default_protocol().keys()):
+                raise ValueError("meta holds no protocol, or targets of another kind")
+            dtypes[targets] = np.float32
+            declared = {name: npy_header(archive, name) for name in dtypes}
             if (taught := meta["teacher"]["evaluation"]) is not None:
                 if not math.isfinite(taught["mean"]) or "greedy" not in taught:
                     raise ValueError("meta holds no evaluation of the teacher")
@@ -730,7 +828,7 @@ def load_buffer(path, env_id, action_meanings, made_by):
                         f"another --env-id or --buffer-path, or make it with `{made_by}`")
             frames, samples = declared["frames"][1][:1], declared["stack_index"][1][:1]
             shapes = {"frames": (*frames, 84, 84), "stack_index": (*samples, 4),
-                      "action_probs": (*samples, len(action_meanings)), "values": samples,
+                      targets: (*samples, len(action_meanings)), "values": samples,
                       "episode_index": samples}
             for name, dtype in dtypes.items():
                 if declared[name] != (dtype, shapes[name]):
@@ -750,11 +848,11 @@ def load_buffer(path, env_id, action_meanings, made_by):
     except Exception as error:  # a foreign file can make the parsers raise anything
         raise UsageError(f"{path}: damaged, or no buffer of this project ({error!r:.100}); make it "
                          f"anew with `{made_by}`") from None
-    index, probs = buffer["stack_index"], buffer["action_probs"]
+    index, found = buffer["stack_index"], buffer[targets]
     with np.errstate(all="ignore"):
-        wrong_probs = ~((probs >= 0).all(1) & (abs(probs.sum(1) - 1) < 1e-3))
+        wrong_probs = ~((found >= 0).all(1) & (abs(found.sum(1) - 1) < 1e-3))
     bad = {"stack_index": ((index < 0) | (index >= len(buffer["frames"]))).any(1),
-           "action_probs": wrong_probs,
+           targets: ~np.isfinite(found).all(1) if targets == "q_values" else wrong_probs,
            "values": ~np.isfinite(buffer["values"]),
            "episode_index": ~np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
     for name, rows in bad.items():
@@ -788,9 +886,25 @@ def split_episodes(episode_index, fraction, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def soften(probs, temperature):
-    """The teacher's target softmax(log(probs) / temperature), Eq. 2: float32 [N, A] to the same."""
-    return probs if temperature == 1 else (probs.log() / temperature).softmax(-1)
+def make_targets(outputs, q_values, loss, temperature):
+    """What the student is fitted to, made from the teacher's outputs float32 [N, A].
+
+    Args:
+        outputs: Q-values if `q_values`, otherwise probabilities.
+        loss: "kl", "nll" or "mse".
+        temperature: tau of Eq. 2, for "kl" alone.
+
+    Returns:
+        float32 [N, A]. For "kl" softmax(Q / tau), or softmax(log(p) / tau), Eq. 2; for "nll" 1 for
+        the best action and 0 for the others; for "mse" the Q-values.
+    """
+    if loss == "mse":
+        return outputs
+    if loss == "nll":
+        return nn.functional.one_hot(outputs.argmax(-1), outputs.shape[1]).float()
+    if q_values:  # the maximum goes first: dividing would cost large Q-values their last digits
+        return ((outputs - outputs.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    return outputs if temperature == 1 else (outputs.log() / temperature).softmax(-1)
 
 
 def kl_divergence(target_probs, logits):
@@ -806,57 +920,69 @@ def kl_divergence(target_probs, logits):
     return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
 
 
-def distill_update(agent, optimizer, obs, target_probs, target_values, value_coef):
+def squared_error(target_q, q_values):
+    """|| Q_teacher - Q_student ||^2 over the actions, Rusu et al. 2015: [B, A] twice to [B]."""
+    return (target_q - q_values).square().sum(-1)
+
+
+def distill_update(agent, optimizer, obs, targets, target_values, value_coef,
+                   loss_function=kl_divergence):
     """One optimiser step of the student on one batch; no value leaves the device.
 
     Args:
         obs: uint8 [B, 4, 84, 84].
-        target_probs, target_values: float32 [B, A] and [B], the teacher's.
+        targets, target_values: float32 [B, A] and [B], from the teacher's outputs.
         value_coef: weight of 0.5 (V - V_teacher)^2; at 0 the critic is not touched.
+        loss_function: maps targets and the student's logits to float32 [B]. On targets of 0 and 1
+            `kl_divergence` is the negative log-likelihood.
 
     Returns:
-        Sums over the batch, float32 [2], detached: of the KL and of the squared value error.
+        Sums over the batch, float32 [2], detached: of the loss and of the squared value error.
     """
     logits, values = agent(obs)
-    kl = kl_divergence(target_probs, logits)
+    distance = loss_function(targets, logits)
     value_error = (values - target_values).square()
-    loss = kl.mean()
+    loss = distance.mean()
     if value_coef:
         loss = loss + 0.5 * value_coef * value_error.mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return torch.stack((kl.sum(), value_error.sum())).detach()
+    return torch.stack((distance.sum(), value_error.sum())).detach()
 
 
 @torch.inference_mode()
-def validate(agent, get_batch, rows):
+def validate(agent, get_batch, rows, loss="kl"):
     """Compare student and teacher on held-out samples.
 
     Args:
         agent: the student.
-        get_batch: maps rows int64 [B] to (obs, target_probs, target_values); the targets are the
-            teacher's, softened by the temperature.
+        get_batch: maps rows int64 [B] to (obs, targets, target_values), the targets being those of
+            `make_targets`.
         rows: int64 [M], the held-out samples.
+        loss: "kl", "nll" or "mse".
 
     Returns:
-        By name: `validation/kl`, the mean KL in nats; `validation/agreement`, the share of samples
-        on which both find the same action most probable; `validation/entropy_gap`, the student's
-        mean entropy less the teacher's, in nats; `validation/value_loss`, half the mean squared
-        error of the critic.
+        Means by name: `validation/{loss}`, the loss, in nats unless squared;
+        `validation/agreement`, the share of samples on which both find the same action best;
+        `validation/value_loss`, half the squared error of the critic; and, unless the targets are
+        Q-values, `validation/entropy_gap`, the student's entropy less the targets', in nats.
     """
     sums = 0
     for batch in rows.split(1024):
-        obs, probs, target_values = get_batch(batch)
+        obs, targets, target_values = get_batch(batch)
         logits, values = agent(obs)
         student = logits.softmax(-1)
+        distance = squared_error if loss == "mse" else kl_divergence
         sums = sums + torch.stack((
-            kl_divergence(probs, logits).sum(), (logits.argmax(-1) == probs.argmax(-1)).sum(),
-            probs.xlogy(probs).sum() - student.xlogy(student).sum(),
-            0.5 * (values - target_values).square().sum()))
-    means = (sums / len(rows)).tolist()
-    return dict(zip(("validation/kl", "validation/agreement", "validation/entropy_gap",
-                     "validation/value_loss"), means))
+            distance(targets, logits).sum(), (logits.argmax(-1) == targets.argmax(-1)).sum(),
+            0.5 * (values - target_values).square().sum(),
+            targets.xlogy(targets).sum() - student.xlogy(student).sum()))
+    means = dict(zip((f"validation/{loss}", "validation/agreement", "validation/value_loss",
+                      "validation/entropy_gap"), (sums / len(rows)).tolist()))
+    if loss == "mse":  # Q-values have no entropy
+        del means["validation/entropy_gap"]
+    return means
 
 
 def save_checkpoint(path, checkpoint):
@@ -978,7 +1104,7 @@ def main(args, at_exit):
                                             f"python actor_distill.py --env-id {env_id}",
                                             args.capacity)
         path = f"runs/{new_run(env_id, args)}/eval.json"
-        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity")}
+        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity", "protocol")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
                  identity | {"checkpoint": args.eval_only}, path)
         print(f"wrote       {path}")
@@ -992,6 +1118,15 @@ def main(args, at_exit):
     check_output(save_path, args.overwrite or args.resume, buffer_path)
     buffer = load_buffer(buffer_path, env_id, action_meanings,
                          f"python collect_buffer.py --env-id {env_id}")
+    kind = buffer["meta"]["targets"]
+    if args.loss == "mse" and kind != "q_values":
+        raise UsageError(f"--loss mse: {buffer_path} was recorded from a policy, which has no "
+                         "Q-values; pass --loss kl or nll, or the buffer of a Q-network")
+    if args.loss != "kl" and args.temperature is not None:
+        raise UsageError(f"--temperature {args.temperature}: --loss {args.loss} has none; leave "
+                         "one of the two out")
+    if args.loss == "kl" and args.temperature is None:
+        args.temperature = 0.01 if kind == "q_values" else 1.0
     samples = len(buffer["stack_index"])
     if args.batch_size > samples // 2:
         raise UsageError(f"--batch-size {args.batch_size}: {buffer_path} has {samples:,} samples; "
@@ -999,16 +1134,17 @@ def main(args, at_exit):
     with open(buffer_path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    frames, stack_index, action_probs, values = (
+    frames, stack_index, outputs, values = (
         torch.from_numpy(buffer[name]).to(device)
-        for name in ("frames", "stack_index", "action_probs", "values"))
-    targets = soften(action_probs, args.temperature)
+        for name in ("frames", "stack_index", kind, "values"))
+    targets = make_targets(outputs, kind == "q_values", args.loss, args.temperature)
+    loss_function = squared_error if args.loss == "mse" else kl_divergence
     train_rows, held_out_rows = split_episodes(
         buffer["episode_index"], args.validation_fraction, args.seed)
     held_out_rows = torch.from_numpy(held_out_rows).to(device)
 
     def get_batch(rows):
-        """Observations uint8 [B, 4, 84, 84], target probabilities and values of samples."""
+        """Observations uint8 [B, 4, 84, 84], targets and target values of samples."""
         obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
         return obs, targets[rows], values[rows]
 
@@ -1020,7 +1156,8 @@ def main(args, at_exit):
         optimizer = torch.optim.SGD(agent.parameters(), lr=args.learning_rate, momentum=0.9,
                                     fused=True)
     identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
-                "checkpoint": save_path}
+                "checkpoint": save_path,
+                "protocol": buffer["meta"]["protocol"] | {"greedy": args.loss == "mse"}}
     saved = {}
     if args.resume and Path(save_path).exists():
         saved, _ = load_checkpoint(save_path, env_id, len(action_meanings),
@@ -1066,10 +1203,11 @@ def main(args, at_exit):
                 try_to_save()
             tell_how_to_go_on(save_path, f"epoch {last_saved // len(train_rows)}")
 
+    criterion, shown = f"validation/{args.loss}", args.loss.upper()
     if not saved:
-        validation = validate(agent, get_batch, held_out_rows)
+        validation = validate(agent, get_batch, held_out_rows, args.loss)
         logger.log(validation, 0)
-        print(f"epoch 0     held-out KL {validation['validation/kl']:.4f}, agreement "
+        print(f"epoch 0     held-out {shown} {validation[criterion]:.4f}, agreement "
               f"{validation['validation/agreement']:.1%}")
     start_time = time.time()
     bar = at_exit.enter_context(
@@ -1087,30 +1225,31 @@ def main(args, at_exit):
             if args.anneal_lr:
                 fraction_left = 1 - (epoch - 1 + i / len(batches)) / args.epochs
                 optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
-            sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef)
+            sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef,
+                                   loss_function)
             bar.update(len(rows))
         agent.bf16 = False
-        kl, value_error = (sums / len(train_rows)).tolist()
+        loss, value_error = (sums / len(train_rows)).tolist()
         # a gradient that is not finite leaves weights that are not, even after a finite loss
-        if not (math.isfinite(kl + args.value_coef * value_error)
+        if not (math.isfinite(loss + args.value_coef * value_error)
                 and all(parameter.isfinite().all() for parameter in agent.parameters())):
             bar.close()
             kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
-            raise UsageError(f"distillation diverged in epoch {epoch}, KL {kl}, value error "
+            raise UsageError(f"distillation diverged in epoch {epoch}, {shown} {loss}, value error "
                              f"{value_error}; {kept}; lower --learning-rate")
-        validation = validate(agent, get_batch, held_out_rows)
+        validation = validate(agent, get_batch, held_out_rows, args.loss)
         global_step += len(train_rows)
         sps = (global_step - start_step) / (time.time() - start_time)
-        logger.log({"losses/kl": kl, "losses/value_loss": 0.5 * value_error, **validation,
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        logger.log({f"losses/{args.loss}": loss, "losses/value_loss": 0.5 * value_error,
+                    **validation, "charts/learning_rate": optimizer.param_groups[0]["lr"],
                     "charts/epoch": epoch, "charts/SPS": sps}, global_step)
-        held_out_kl = validation["validation/kl"]
-        bar.set_postfix_str(f"epoch {epoch}, held-out KL {held_out_kl:.4f}", refresh=False)
+        bar.set_postfix_str(f"epoch {epoch}, held-out {shown} {validation[criterion]:.4f}",
+                            refresh=False)
         last = training_state(agent, optimizer)
         student = {"epoch": epoch, "global_step": global_step, "validation": validation,
                    "model": last["model"]}
         if (state and args.early_stop_patience
-                and held_out_kl >= state["validation"]["validation/kl"]):
+                and validation[criterion] >= state["validation"][criterion]):
             student = {name: state[name] for name in student}
         state = {**last, "last_model": last["model"], "last_epoch": epoch, **student}
         if global_step - last_saved >= args.checkpoint_interval:
@@ -1120,9 +1259,10 @@ def main(args, at_exit):
         try_to_save()
     agent.load_state_dict(state["model"])
     validation = state["validation"]
-    print(f"epoch {state['epoch']:<5} held-out KL {validation['validation/kl']:.4f}, agreement "
-          f"{validation['validation/agreement']:.1%}, entropy gap "
-          f"{validation['validation/entropy_gap']:+.4f}")
+    print(f"epoch {state['epoch']:<5} held-out {shown} {validation[criterion]:.4f}, agreement "
+          f"{validation['validation/agreement']:.1%}"
+          + ("" if args.loss == "mse" else
+             f", entropy gap {validation['validation/entropy_gap']:+.4f}"))
     if state["epoch"] < state["last_epoch"]:
         print(f"kept        the weights of epoch {state['epoch']} of {state['last_epoch']}")
 
@@ -1137,8 +1277,10 @@ def main(args, at_exit):
     logger.close()
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
     print("curves      tensorboard --logdir runs")
-    print(f"next        python finetune_student.py --env-id {env_id} --student-path "
-          f"{shlex.quote(save_path)}")
+    action = "finetune_student.py --student-path"
+    if args.loss == "mse":  # no policy for PPO to start from
+        action = "actor_distill.py --eval-only"
+    print(f"next        python {action} {shlex.quote(save_path)} --env-id {env_id}")
     print(f"student     {share_of_teacher(result, buffer['meta']['teacher'])}")
 
 

@@ -20,6 +20,7 @@ import ctypes
 import difflib
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -67,7 +68,9 @@ class Args:
     wandb_entity: str | None = None
     """W&B entity (user or team); without it, the login's default"""
     teacher_path: str | None = None
-    """checkpoint of the teacher; default `checkpoints/{env_id}/ppo_high.pt`, or the shipped one"""
+    """checkpoint of the teacher: this project's, CleanRL's state dict (PPO, DQN) or
+    Stable-Baselines3's zip file (PPO, DQN); default `checkpoints/{env_id}/ppo_high.pt`, or the
+    shipped one"""
     buffer_path: str | None = None
     """buffer to write; default `buffers/{env_id}.npz`"""
     overwrite: bool = False
@@ -80,12 +83,18 @@ class Args:
     """games played at once"""
     repeat_action_probability: float = 0.0
     """sticky actions: chance that the emulator repeats the last action in a frame, 0 to 1"""
+    fire_on_life_loss: Literal["auto", "on", "off"] = "auto"
+    """press FIRE in the step after a lost life and do not record that step; `auto` is on for
+    teachers of CleanRL and Stable-Baselines3, which were trained that way, and their students"""
 
     # Collection
     num_samples: int = 540_000
     """steps to record, all games together; DQN distillation used ten hours of play, 540,000"""
     greedy: bool = False
     """play the most probable action instead of sampling from the policy"""
+    epsilon: float | None = None
+    """chance that a teacher with Q-values plays a random action instead of its best, 0 to 1;
+    default 0.05"""
 
 
 class UsageError(Exception):
@@ -136,7 +145,67 @@ def preprocessing():
             "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
 
 
-def make_envs(rom, num_envs, life_loss, repeat_action_probability):
+def default_protocol():
+    """How this project's own policies are played; students of other teachers follow theirs.
+
+    `fire_on_life_loss` and `repeat_first_frame` are those of `Games`; with `greedy` the network
+    gives Q-values, and an evaluation takes the best action instead of sampling one.
+    """
+    return {"fire_on_life_loss": False, "repeat_first_frame": False, "greedy": False}
+
+
+class Games(AtariVectorEnv):
+    """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
+
+    With `fire_on_life_loss`, in a game that knows FIRE, the step after a lost life presses it,
+    whatever action is sent, and the stack of frames begins anew after that step. A stack that
+    begins is filled up with blank frames or, with `repeat_first_frame`, with its first one.
+
+    Attributes:
+        new_life: bool [n], the games that FIRE will be pressed for in the next step.
+        new_game: bool [n], the games that the last step ended, and that began anew.
+        age: int64 [n], steps since each stack began.
+    """
+
+    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, **settings):
+        super().__init__(rom, num_envs, **settings)
+        actions = [action.name for action in self.ale.get_action_set()]
+        self.fire = actions.index("FIRE") if fire_on_life_loss and "FIRE" in actions else None
+        self.repeat_first_frame = repeat_first_frame
+
+    def reset(self, **options):
+        """Begin new games: observations and info."""
+        obs, info = super().reset(**options)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        self.age, self.new_life = np.zeros(len(obs), np.int64), np.zeros(len(obs), bool)
+        return self.begin_stacks(obs), info
+
+    def begin_stacks(self, obs):
+        """Fill up the stacks that have not four frames of their own yet, in place."""
+        if self.fire is not None or self.repeat_first_frame:
+            for i in np.flatnonzero(self.age < 3):
+                missing = 3 - self.age[i]
+                obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
+        return obs
+
+    def send(self, actions):
+        """Begin a step with actions int64 [n]."""
+        super().send(actions if self.fire is None else np.where(self.new_life, self.fire, actions))
+
+    def recv(self):
+        """End a step: observations, raw rewards, terminated, truncated and info."""
+        obs, reward, terminated, truncated, info = super().recv()
+        # only a new game turns back the frames
+        self.new_game = info["episode_frame_number"] < self.frame_number
+        self.age = np.where(self.new_game | self.new_life, 0, self.age + 1)
+        if self.fire is not None:
+            lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+            self.new_life = lost & ~self.new_game
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        return self.begin_stacks(obs), reward, terminated, truncated, info
+
+
+def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None):
     """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
     One half plays while the network decides for the other. A game that ends restarts within the
@@ -148,18 +217,20 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability):
         num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
+        protocol: dict as of `default_protocol`, or None for that.
 
     Returns:
-        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
-        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
-        game's start.
+        A list of (Games, slice of the N games that it plays): two, or one where N is 1. An
+        observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
     """
+    protocol = protocol or default_protocol()
     middle = (num_envs + 1) // 2
     parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
-    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
-                            reward_clipping=False, life_loss_info=life_loss,
-                            repeat_action_probability=repeat_action_probability,
-                            **preprocessing()), part) for part in parts]
+    return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
+                   protocol["repeat_first_frame"], autoreset_mode=AutoresetMode.SAME_STEP,
+                   reward_clipping=False, life_loss_info=life_loss,
+                   repeat_action_probability=repeat_action_probability, **preprocessing()), part)
+            for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -182,6 +253,10 @@ class Agent(nn.Module):
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
     weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
+
+    Args:
+        capacity: name in SIZES, or the four widths themselves.
+        num_actions: A.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
@@ -189,7 +264,7 @@ class Agent(nn.Module):
 
     def __init__(self, capacity, num_actions):
         super().__init__()
-        c1, c2, c3, hidden = self.SIZES[capacity]
+        c1, c2, c3, hidden = self.SIZES.get(capacity, capacity)
         self.network = nn.Sequential(
             layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
@@ -348,6 +423,21 @@ def default_path(path, shipped):
     return os.path.relpath(shipped)
 
 
+def load_tensors(content):
+    """What torch.save wrote as these bytes; no code in it is run.
+
+    Raises:
+        Exception: of any kind, as foreign bytes can make the parsers raise anything.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+        # without compression, so a member that is larger than the file is a trap
+        if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or archive.testzip() is not None):
+            raise ValueError("CRC mismatch")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
@@ -359,7 +449,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         capacity: size that the network must have, if any.
 
     Returns:
-        The checkpoint, a dict whose tensors are on the CPU, and its Agent.
+        The checkpoint, a dict whose tensors are on the CPU and that has a `protocol` even if the
+        file has none, and its Agent.
 
     Raises:
         UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
@@ -367,14 +458,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-            # without compression, so a member that is larger than the file is a trap
-            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
-                    or archive.testzip() is not None):
-                raise ValueError("CRC mismatch")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can make the parsers raise anything
+        checkpoint = load_tensors(Path(path).read_bytes())
+    except Exception as error:
         raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
@@ -388,13 +473,18 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         teacher = plain.get("teacher") or {"evaluation": None}
         results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
         numbers = [result["mean"] for result in results if result is not None]
-        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
-            numbers.append(plain["validation"][f"validation/{name}"])
+        if "validation" in plain:
+            loss = plain["args"].get("loss", "kl")
+            names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
+            numbers += [plain["validation"][f"validation/{name}"] for name in names]
+        protocol = plain.get("protocol", default_protocol())
         counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
         if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
                 or not isinstance(plain["args"], dict)
                 or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
                 or not all(type(x) is int and x >= 0 for x in counts)
+                or {name: bool(x) for name, x in protocol.items()} != protocol
+                or protocol.keys() != default_protocol().keys()
                 or not all(result is None or "greedy" in result for result in results)):
             raise ValueError
     except Exception:
@@ -419,7 +509,138 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
-    return checkpoint, agent
+    return checkpoint | {"protocol": protocol}, agent
+
+
+class ForeignTeacher(Agent):
+    """A network that CleanRL or Stable-Baselines3 has trained, of whatever widths.
+
+    Args:
+        widths: of the three convolutions and the hidden layer.
+        num_actions: A.
+        q_network: whether the head gives Q-values, and its maximum the value.
+        own_critic: whether the critic has layers of its own instead of sharing the actor's.
+    """
+
+    def __init__(self, widths, num_actions, q_network, own_critic):
+        super().__init__(widths, num_actions)
+        self.q_network = q_network
+        self.value_agent = Agent(widths, num_actions) if own_critic else None
+
+    def forward(self, obs):
+        """As Agent's; for a Q-network Q-values take the place of the logits."""
+        logits, values = super().forward(obs)
+        if self.value_agent is not None:
+            values = self.value_agent(obs)[1]
+        return logits, logits.amax(-1) if self.q_network else values
+
+
+def load_foreign(path, env_id, num_actions):
+    """Read a network of CleanRL or Stable-Baselines3, known by its layers' names and shapes.
+
+    Of Stable-Baselines3's zip files only `policy.pth` is read, never the pickled rest.
+
+    Args:
+        path: the file.
+        env_id, num_actions: the game, which these files do not name, and the size of its actions.
+
+    Returns:
+        None if the file is none of theirs but may be this project's; otherwise a description, a
+        dict like a checkpoint without weights, and its ForeignTeacher.
+
+    Raises:
+        UsageError: if the file is damaged, of another kind of agent, or does not fit the game.
+    """
+    accepted = ("accepted are checkpoints of this project, state dicts of CleanRL's ppo_atari.py, "
+                "its envpool and multi-GPU forms and dqn_atari.py, and zip files of Stable-"
+                "Baselines3's PPO and DQN with CnnPolicy")
+    if not Path(path).is_file():
+        return None
+    try:
+        content = Path(path).read_bytes()
+        if all(name in content[:4096] for name in (b"params", b"kernel")):  # names that flax gives
+            raise UsageError(f"{path}: holds the weights of a JAX agent; {accepted}")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if "policy.pth" in archive.namelist():
+                if archive.getinfo("policy.pth").file_size > len(content):
+                    raise ValueError("policy.pth is larger than its archive")
+                content = archive.read("policy.pth")
+        found = load_tensors(content)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
+                         f"{accepted}") from None
+    if isinstance(found, dict) and "format_version" in found:
+        return None
+    if not (isinstance(found, dict) and found and all(
+            isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in found.items())):
+        raise UsageError(f"{path}: holds no state dict but a {type(found).__name__}; {accepted}")
+    # what data-parallel and compiled modules put before every name
+    found = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in found.items()}
+    convolutions = {f"cnn.{i}": f"network.{i}" for i in (0, 2, 4)} | {"linear.0": "network.7"}
+    sb3_body = {f"features_extractor.{theirs}": ours for theirs, ours in convolutions.items()}
+    cleanrl_body = {f"network.{i}": f"network.{i}" for i in (0, 2, 4, 7)}
+    layouts = {
+        "CleanRL PPO": cleanrl_body | {"actor": "actor", "critic": "critic"},
+        "CleanRL DQN": cleanrl_body | {"network.9": "actor"},
+        "Stable-Baselines3 PPO": sb3_body | {"action_net": "actor", "value_net": "critic"},
+        "Stable-Baselines3 DQN": {f"q_net.{theirs}": ours for theirs, ours in sb3_body.items()}
+        | {"q_net.q_net.0": "actor"}}
+    copies = r"(pi_|vf_)features_extractor\.|q_net_target\."
+    own = {name for name in found if not re.match(copies, name)}
+    kind = next((kind for kind, layout in layouts.items() if own == {
+        f"{layer}.{part}" for layer in layout for part in ("weight", "bias")}), None)
+    if kind is None:
+        text = ", ".join(sorted({name.rpartition(".")[0] or name for name in own}))
+        what = ("a recurrent policy" if "lstm" in text else "a policy of continuous actions"
+                if "log_std" in text else f"the layers {text:.300}"
+                if any(x.ndim == 4 for x in found.values()) else "an MlpPolicy, no convolutions")
+        raise UsageError(f"{path}: holds {what}; {accepted}")
+
+    def renamed(prefix=""):
+        """Weights by the names of Agent, the convolutions' from the copy with a prefix if any."""
+        weights = {}
+        for theirs, ours in layouts[kind].items():
+            theirs = prefix + theirs if prefix + theirs + ".weight" in found else theirs
+            for part in ("weight", "bias"):
+                weights[f"{ours}.{part}"] = found[f"{theirs}.{part}"]
+        return weights
+
+    try:
+        policy, value = renamed("pi_"), renamed("vf_")
+        own_critic = any((policy[name] != value[name]).any() for name in policy)
+        widths = tuple(len(policy[f"network.{i}.bias"]) for i in (0, 2, 4, 7))
+        first, hidden, actions = (tuple(policy[f"{name}.weight"].shape)
+                                  for name in ("network.0", "network.7", "actor"))
+    except Exception as error:
+        raise UsageError(f"{path}: {kind} whose layers do not fit each other ({error!r:.100}); "
+                         f"{accepted}") from None
+    if first[1:] != (4, 8, 8) or hidden[1:] != (widths[2] * 49,):
+        raise UsageError(f"{path}: {kind} whose first convolution is {first} and hidden layer "
+                         f"{hidden}; observations must be 4 frames of 84x84")
+    if actions[0] != num_actions:
+        raise UsageError(f"{path}: {kind} with {actions[0]} actions, while {env_id} has "
+                         f"{num_actions}; pass the --env-id that it was trained on")
+    try:
+        q_network = kind.endswith("DQN")
+        if q_network:
+            policy |= {"critic.weight": torch.zeros(1, widths[3]), "critic.bias": torch.zeros(1)}
+        if own_critic:
+            policy |= {f"value_agent.{name}": x for name, x in value.items()}
+        if {x.dtype for x in policy.values()} != {torch.float32}:
+            raise ValueError("of another type than float32")
+        agent = ForeignTeacher(widths, num_actions, q_network, own_critic)
+        agent.load_state_dict(policy)
+        if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+            raise ValueError("not finite")
+    except Exception as error:
+        raise UsageError(f"{path}: {kind} with wrong weights ({error!s:.200})") from None
+    names = {widths: name for name, widths in Agent.SIZES.items()}
+    protocol = {"fire_on_life_loss": True, "repeat_first_frame": kind.startswith("CleanRL"),
+                "greedy": q_network}
+    return {"phase": kind, "capacity": names.get(widths, "-".join(map(str, widths))),
+            "global_step": None, "evaluation": None, "protocol": protocol}, agent
 
 
 class Logger:
@@ -526,7 +747,7 @@ def set_up_torch(args):
 
 
 @torch.inference_mode()
-def collect(agent, halves, num_samples, seed, greedy, on_game_end):
+def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None):
     """Let a policy play and record every step, each frame once.
 
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
@@ -534,18 +755,21 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end):
     i, and row 0 is the blank frame from before a game's start.
 
     Args:
-        agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        halves: games of `make_envs(..., life_loss=False)`.
+        agent: maps observations uint8 [B, 4, 84, 84] to (logits or Q-values, values).
+        halves: games of `make_envs(..., life_loss=False)`; steps that press FIRE for a new life are
+            not recorded, but for their reward, which is added to the step before.
         num_samples: N, steps to record over all slots; games under way are then cut off.
         seed: of the games and the actions.
         greedy: take the most probable action instead of sampling.
         on_game_end: called with (samples so far, raw return, length in steps) at each game's end.
+        epsilon: for Q-values, which are stored instead of probabilities: chance of a random action
+            instead of the best one.
 
     Returns:
         Two things. The buffer's arrays by name, without `meta`: frames uint8 [N + 1, 84, 84],
-        stack_index int32 [N, 4], action_probs float32 [N, A], values float32 [N], actions uint8
-        [N], rewards float32 [N], dones bool [N], env_index and episode_index int32 [N], and
-        episode_returns float32 [E], NaN for a game that was cut off. And None, or the
+        stack_index int32 [N, 4], action_probs or q_values float32 [N, A], values float32 [N],
+        actions uint8 [N], rewards float32 [N], dones bool [N], env_index and episode_index int32
+        [N], and episode_returns float32 [E], NaN for a game that was cut off. And None, or the
         KeyboardInterrupt that cut the recording short, N then being smaller than asked for.
     """
     device = next(agent.parameters()).device
@@ -556,58 +780,80 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end):
     frames = np.empty((num_samples + 1, 84, 84), np.uint8)
     frames[0] = 0
     stack_index = np.empty((num_samples, 4), np.int32)
-    action_probs = np.empty((num_samples, num_actions), np.float32)
+    targets = np.empty((num_samples, num_actions), np.float32)
     values, rewards = np.empty((2, num_samples), np.float32)
     actions, dones = np.empty(num_samples, np.uint8), np.empty(num_samples, bool)
     obs = np.empty((num_envs, 4, 84, 84), np.uint8)
     seeds = game_seeds(num_envs, seed, 2)
     for envs, part in halves:
         obs[part], _ = envs.reset(seed=seeds[part])
-    age = np.zeros(num_envs, np.int64)
+    filled = np.zeros(num_envs, np.int64)  # samples of each slot whose outcome is known
+    decided = np.zeros(num_envs, bool)  # whether the step under way is a sample
+    game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
     frames_back = np.array([3, 2, 1, 0])
-    recorded, steps, stopped = 0, 0, None
+
+    def decide(envs, part):
+        """Begin a step of one half of the games, and record it where it is the agent's own."""
+        outputs, value = agent(torch.from_numpy(obs[part]).to(device))
+        if greedy or epsilon is not None:
+            action = outputs.argmax(-1)
+        else:
+            action = sample_actions(outputs, generator)
+        if epsilon is not None and not greedy:
+            explores = torch.rand(len(action), generator=generator, device=device) < epsilon
+            action[explores] = torch.randint(
+                num_actions, (int(explores.sum()),), generator=generator, device=device)
+        action = action.cpu().numpy()
+        envs.send(action)
+        mine = (filled[part] < stretch[part]) & ~envs.new_life
+        row, age = (first[part] + filled[part])[mine], envs.age[mine, None]
+        frames[row + 1] = obs[part][mine, 3]
+        newest = row[:, None] + 1
+        stack_index[row] = np.where(frames_back <= age, newest - frames_back,
+                                    newest - age if envs.repeat_first_frame else 0)
+        recorded = outputs if epsilon is not None else outputs.softmax(-1)
+        targets[row] = recorded.cpu().numpy()[mine]
+        values[row] = value.cpu().numpy()[mine]
+        actions[row] = action[mine]
+        decided[part] = mine
+
+    stopped = None
     with half_the_threads(), tqdm(total=num_samples, desc="collect", unit="step",
                                   dynamic_ncols=True, mininterval=1) as bar:
         try:
-            for t, (envs, part) in itertools.product(range(stretch[0] + 1), halves):
-                slots = np.arange(num_envs)[part]
-                e = slots[t <= stretch[part]]  # later slots may have one sample less to record
-                if t > 0 and len(e):  # what has become of the last decision
+            for half in halves:
+                decide(*half)
+            playing = list(halves)
+            while playing:
+                for envs, part in playing[:]:
                     obs[part], reward, terminated, truncated, _ = envs.recv()
                     ended = terminated | truncated
-                    past = first[e] + t - 1
-                    rewards[past], dones[past] = reward[:len(e)], ended[:len(e)]
-                    recorded += len(e)
-                    bar.update(len(e))
-                    for row, length in zip(past, age[e] + 1):
-                        if dones[row]:
-                            game = rewards[row + 1 - length:row + 1]
-                            on_game_end(recorded, float(game.sum()), int(length))
-                    age[part] = np.where(ended, 0, age[part] + 1)
-                if part.stop == num_envs:
-                    steps = t
-                e = slots[t < stretch[part]]
-                if len(e):
-                    logits, value = agent(torch.from_numpy(obs[part]).to(device))
-                    action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
-                    action = action.cpu().numpy()
-                    envs.send(action)
-                    row = first[e] + t
-                    frames[row + 1] = obs[e, 3]
-                    in_game = frames_back <= age[e, None]
-                    stack_index[row] = np.where(in_game, row[:, None] + 1 - frames_back, 0)
-                    action_probs[row] = logits.softmax(-1).cpu().numpy()[:len(e)]
-                    values[row] = value.cpu().numpy()[:len(e)]
-                    actions[row] = action[:len(e)]
+                    game_return[part] += reward
+                    game_length[part] += 1
+                    row, mine = first[part] + filled[part], decided[part]
+                    rewards[row[mine]], dones[row[mine]] = reward[mine], ended[mine]
+                    pressed = ~mine & (filled[part] < stretch[part])
+                    rewards[row[pressed] - 1] += reward[pressed]
+                    dones[row[pressed] - 1] |= ended[pressed]
+                    filled[part] += mine
+                    bar.update(int(mine.sum()))
+                    for e in part.start + np.flatnonzero(ended & (mine | pressed)):
+                        on_game_end(int(filled.sum()), float(game_return[e]), int(game_length[e]))
+                    game_return[part][ended] = game_length[part][ended] = 0
+                    if (filled[part] < stretch[part]).any():
+                        decide(envs, part)
+                    else:
+                        playing.remove((envs, part))
         except KeyboardInterrupt as stop:
-            if steps == 0:
+            if not filled.any():
                 raise
             stopped = stop
 
-    samples = {"stack_index": stack_index, "action_probs": action_probs, "values": values,
-               "actions": actions, "rewards": rewards, "dones": dones}
+    samples = {"stack_index": stack_index,
+               "action_probs" if epsilon is None else "q_values": targets,
+               "values": values, "actions": actions, "rewards": rewards, "dones": dones}
     if stopped is not None:  # close up the gaps that the slots' unfilled ends leave
-        stretch = np.minimum(stretch, steps)
+        stretch = filled.copy()
         for old, new, length in zip(first, np.cumsum(stretch) - stretch, stretch):
             index = stack_index[old:old + length]
             index[index > 0] -= old - new
@@ -656,16 +902,33 @@ def save_buffer(path, arrays):
 def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
-                repeat_action_probability=(0, 1))
+                repeat_action_probability=(0, 1), epsilon=(0, 1))
     device = set_up_torch(args)
-    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    for envs, _ in halves:
-        at_exit.callback(envs.close)
+    (envs, _), = make_envs(rom, 1, False, args.repeat_action_probability)
+    action_meanings = [action.name for action in envs.ale.get_action_set()]
+    envs.close()
     teacher_path = args.teacher_path or default_path(
         f"checkpoints/{env_id}/ppo_high.pt", f"{env_id}/ppo_high.pt")
     buffer_path = args.buffer_path or f"buffers/{env_id}.npz"
-    checkpoint, agent = load_checkpoint(teacher_path, env_id, int(envs.single_action_space.n),
-                                        f"python ppo_atari_teacher.py --env-id {env_id}")
+    checkpoint, agent = (
+        load_foreign(teacher_path, env_id, len(action_meanings))
+        or load_checkpoint(teacher_path, env_id, len(action_meanings),
+                           f"python ppo_atari_teacher.py --env-id {env_id}"))
+    q_network = isinstance(agent, ForeignTeacher) and agent.q_network
+    if checkpoint["protocol"]["greedy"] and not q_network:
+        raise UsageError(f"{teacher_path}: imitates Q-values, which this script records only from "
+                         "the Q-network itself; pass that, or distil with --loss kl or nll")
+    if q_network:
+        args.epsilon = 0.05 if args.epsilon is None else args.epsilon
+    elif args.epsilon is not None:
+        raise UsageError(f"--epsilon {args.epsilon}: {teacher_path} is a policy without Q-values, "
+                         "which explores by itself; leave the flag out")
+    protocol = checkpoint["protocol"]
+    if args.fire_on_life_loss != "auto":
+        protocol = protocol | {"fire_on_life_loss": args.fire_on_life_loss == "on"}
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
+    for envs, _ in halves:
+        at_exit.callback(envs.close)
     with open(teacher_path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     check_output(buffer_path, args.overwrite, teacher_path)
@@ -674,8 +937,12 @@ def main(args, at_exit):
     at_exit.callback(logger.close)
     print(f"run         runs/{run_name} on {device}, {args.num_samples:,} steps of {teacher_path}")
 
+    if isinstance(agent, ForeignTeacher):
+        print(f"teacher     {checkpoint['phase']}, {checkpoint['capacity']}"
+              + (f", epsilon {args.epsilon:g}" if q_network and not args.greedy else "")
+              + (", FIRE pressed after a lost life" if protocol["fire_on_life_loss"] else ""))
+
     # nothing slow comes between recording and writing, where a signal would lose the recording
-    action_meanings = [action.name for action in envs.ale.get_action_set()]
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "numpy", "ale-py", "gymnasium")}
     start_time = time.time()
@@ -683,11 +950,13 @@ def main(args, at_exit):
         agent.to(device, memory_format=torch.channels_last), halves, args.num_samples, args.seed,
         args.greedy, lambda samples, game_return, length: logger.log(
             {"charts/episodic_return": game_return, "charts/episodic_length": length,
-             "charts/SPS": samples / (time.time() - start_time)}, samples))
+             "charts/SPS": samples / (time.time() - start_time)}, samples), args.epsilon)
     samples = len(arrays["actions"])
     meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
             "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
             "repeat_action_probability": args.repeat_action_probability, "greedy": args.greedy,
+            "epsilon": args.epsilon, "protocol": protocol,
+            "targets": "q_values" if q_network else "action_probs",
             "steps": samples, "capacity": checkpoint["capacity"],
             "teacher": {"path": teacher_path, "sha256": sha256, "phase": checkpoint["phase"],
                         "capacity": checkpoint["capacity"], "steps": checkpoint["global_step"],

@@ -178,7 +178,67 @@ def preprocessing():
             "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
 
 
-def make_envs(rom, num_envs, life_loss, repeat_action_probability):
+def default_protocol():
+    """How this project's own policies are played; students of other teachers follow theirs.
+
+    `fire_on_life_loss` and `repeat_first_frame` are those of `Games`; with `greedy` the network
+    gives Q-values, and an evaluation takes the best action instead of sampling one.
+    """
+    return {"fire_on_life_loss": False, "repeat_first_frame": False, "greedy": False}
+
+
+class Games(AtariVectorEnv):
+    """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
+
+    With `fire_on_life_loss`, in a game that knows FIRE, the step after a lost life presses it,
+    whatever action is sent, and the stack of frames begins anew after that step. A stack that
+    begins is filled up with blank frames or, with `repeat_first_frame`, with its first one.
+
+    Attributes:
+        new_life: bool [n], the games that FIRE will be pressed for in the next step.
+        new_game: bool [n], the games that the last step ended, and that began anew.
+        age: int64 [n], steps since each stack began.
+    """
+
+    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, **settings):
+        super().__init__(rom, num_envs, **settings)
+        actions = [action.name for action in self.ale.get_action_set()]
+        self.fire = actions.index("FIRE") if fire_on_life_loss and "FIRE" in actions else None
+        self.repeat_first_frame = repeat_first_frame
+
+    def reset(self, **options):
+        """Begin new games: observations and info."""
+        obs, info = super().reset(**options)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        self.age, self.new_life = np.zeros(len(obs), np.int64), np.zeros(len(obs), bool)
+        return self.begin_stacks(obs), info
+
+    def begin_stacks(self, obs):
+        """Fill up the stacks that have not four frames of their own yet, in place."""
+        if self.fire is not None or self.repeat_first_frame:
+            for i in np.flatnonzero(self.age < 3):
+                missing = 3 - self.age[i]
+                obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
+        return obs
+
+    def send(self, actions):
+        """Begin a step with actions int64 [n]."""
+        super().send(actions if self.fire is None else np.where(self.new_life, self.fire, actions))
+
+    def recv(self):
+        """End a step: observations, raw rewards, terminated, truncated and info."""
+        obs, reward, terminated, truncated, info = super().recv()
+        # only a new game turns back the frames
+        self.new_game = info["episode_frame_number"] < self.frame_number
+        self.age = np.where(self.new_game | self.new_life, 0, self.age + 1)
+        if self.fire is not None:
+            lost = (0 < info["lives"]) & (info["lives"] < self.lives)
+            self.new_life = lost & ~self.new_game
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        return self.begin_stacks(obs), reward, terminated, truncated, info
+
+
+def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None):
     """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
 
     One half plays while the network decides for the other. A game that ends restarts within the
@@ -190,18 +250,20 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability):
         num_envs: number of games, N.
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
+        protocol: dict as of `default_protocol`, or None for that.
 
     Returns:
-        A list of (AtariVectorEnv, slice of the N games that it plays): two, or one where N is 1.
-        An observation is uint8 [4, 84, 84], the oldest frame first, with blank frames before a
-        game's start.
+        A list of (Games, slice of the N games that it plays): two, or one where N is 1. An
+        observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
     """
+    protocol = protocol or default_protocol()
     middle = (num_envs + 1) // 2
     parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
-    return [(AtariVectorEnv(rom, part.stop - part.start, autoreset_mode=AutoresetMode.SAME_STEP,
-                            reward_clipping=False, life_loss_info=life_loss,
-                            repeat_action_probability=repeat_action_probability,
-                            **preprocessing()), part) for part in parts]
+    return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
+                   protocol["repeat_first_frame"], autoreset_mode=AutoresetMode.SAME_STEP,
+                   reward_clipping=False, life_loss_info=life_loss,
+                   repeat_action_probability=repeat_action_probability, **preprocessing()), part)
+            for part in parts]
 
 
 def game_seeds(num_envs, *entropy):
@@ -224,6 +286,10 @@ class Agent(nn.Module):
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
     weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
+
+    Args:
+        capacity: name in SIZES, or the four widths themselves.
+        num_actions: A.
     """
 
     SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
@@ -231,7 +297,7 @@ class Agent(nn.Module):
 
     def __init__(self, capacity, num_actions):
         super().__init__()
-        c1, c2, c3, hidden = self.SIZES[capacity]
+        c1, c2, c3, hidden = self.SIZES.get(capacity, capacity)
         self.network = nn.Sequential(
             layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
@@ -376,6 +442,21 @@ def check_output(path, overwrite, *inputs):
         raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
+def load_tensors(content):
+    """What torch.save wrote as these bytes; no code in it is run.
+
+    Raises:
+        Exception: of any kind, as foreign bytes can make the parsers raise anything.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
+        # without compression, so a member that is larger than the file is a trap
+        if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or archive.testzip() is not None):
+            raise ValueError("CRC mismatch")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
 
@@ -387,7 +468,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         capacity: size that the network must have, if any.
 
     Returns:
-        The checkpoint, a dict whose tensors are on the CPU, and its Agent.
+        The checkpoint, a dict whose tensors are on the CPU and that has a `protocol` even if the
+        file has none, and its Agent.
 
     Raises:
         UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
@@ -395,14 +477,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-            # without compression, so a member that is larger than the file is a trap
-            if (sum(member.file_size for member in archive.infolist()) > os.path.getsize(path)
-                    or archive.testzip() is not None):
-                raise ValueError("CRC mismatch")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can make the parsers raise anything
+        checkpoint = load_tensors(Path(path).read_bytes())
+    except Exception as error:
         raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
                          f"make it anew with `{made_by}`") from None
     needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
@@ -416,13 +492,18 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         teacher = plain.get("teacher") or {"evaluation": None}
         results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
         numbers = [result["mean"] for result in results if result is not None]
-        for name in ("kl", "agreement", "entropy_gap") if "validation" in plain else ():
-            numbers.append(plain["validation"][f"validation/{name}"])
+        if "validation" in plain:
+            loss = plain["args"].get("loss", "kl")
+            names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
+            numbers += [plain["validation"][f"validation/{name}"] for name in names]
+        protocol = plain.get("protocol", default_protocol())
         counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
         if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
                 or not isinstance(plain["args"], dict)
                 or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
                 or not all(type(x) is int and x >= 0 for x in counts)
+                or {name: bool(x) for name, x in protocol.items()} != protocol
+                or protocol.keys() != default_protocol().keys()
                 or not all(result is None or "greedy" in result for result in results)):
             raise ValueError
     except Exception:
@@ -447,7 +528,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
                          f"with {num_actions} actions; make it anew with `{made_by}`") from None
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
-    return checkpoint, agent
+    return checkpoint | {"protocol": protocol}, agent
 
 
 @torch.inference_mode()
@@ -530,23 +611,26 @@ def evaluate(agent, rom, args, identity, path):
         agent: the policy.
         rom: ale-py's name of the game.
         args: eval_steps, eval_greedy, num_envs, seed and repeat_action_probability are read.
-        identity: env_id, phase, capacity and checkpoint of the policy; the JSON repeats them.
+        identity: env_id, phase, capacity, checkpoint and protocol of the policy; the JSON repeats
+            them.
         path: file to write, such as `runs/{run_name}/eval.json`.
 
     Returns:
         What was written, without the list of every game's return and length.
     """
-    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability)
-    returns, lengths = play(agent, halves, args.eval_steps, args.seed, args.eval_greedy)
+    protocol = identity["protocol"]
+    greedy = args.eval_greedy or protocol["greedy"]
+    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
+    returns, lengths = play(agent, halves, args.eval_steps, args.seed, greedy)
     for envs, _ in halves:
         envs.close()
-    result = {**identity, "seed": args.seed, "greedy": args.eval_greedy, "num_envs": args.num_envs,
+    result = {**identity, "seed": args.seed, "greedy": greedy, "num_envs": args.num_envs,
               "repeat_action_probability": args.repeat_action_probability,
               "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
     with atomic_write(path) as file:
         file.write(json.dumps({**result, "returns": returns, "lengths": lengths}).encode())
     low, high = result["ci95"]
-    different = f" with {len(set(returns))} different returns" if args.eval_greedy else ""
+    different = f" with {len(set(returns))} different returns" if greedy else ""
     print(f"evaluation  {result['env_id']} {result['phase']} {result['capacity']}: mean "
           f"{result['mean']:.2f} ± {result['std']:.2f}, max {result['max']:g}, "
           f"{len(returns)} games{different}, {result['steps']:,} steps, iqm {result['iqm']:.2f}, "
@@ -844,7 +928,7 @@ def main(args, at_exit):
     if args.eval_only is not None:
         saved, agent = load_checkpoint(args.eval_only, env_id, num_actions, made_by)
         path = f"runs/{new_run(env_id, args)}/eval.json"
-        identity = {name: saved[name] for name in ("env_id", "phase", "capacity")}
+        identity = {name: saved[name] for name in ("env_id", "phase", "capacity", "protocol")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
                  identity | {"checkpoint": args.eval_only}, path)
         print(f"wrote       {path}")
@@ -868,7 +952,7 @@ def main(args, at_exit):
         print(f"resumed     {save_path} at step {global_step:,}" if saved else
               f"resume      {save_path} is not there yet, so training starts anew")
     identity = {"env_id": env_id, "phase": "ppo", "capacity": args.capacity,
-                "checkpoint": save_path}
+                "checkpoint": save_path, "protocol": default_protocol()}
     num_iterations = args.total_timesteps // batch_size
     print(f"run         runs/{run_name} on {device}, {num_iterations:,} iterations of "
           f"{batch_size:,} steps")
@@ -905,12 +989,10 @@ def main(args, at_exit):
     rewards, ends, bootstraps = torch.empty((3, *rollout_shape))
 
     next_obs = np.empty((args.num_envs, 4, 84, 84), np.uint8)
-    frame_number = np.zeros(args.num_envs, np.int64)
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
     seeds = game_seeds(args.num_envs, args.seed, 1, global_step)
     for envs, part in halves:
-        next_obs[part], info = envs.reset(seed=seeds[part])
-        frame_number[part] = info["episode_frame_number"]
+        next_obs[part], _ = envs.reset(seed=seeds[part])
     recent_returns = []
     start_time = time.time()
     bar = at_exit.enter_context(tqdm(total=num_iterations * batch_size, initial=global_step,
@@ -927,10 +1009,8 @@ def main(args, at_exit):
                 if step > 0:  # what has become of the last decision
                     past = (step - 1, part)
                     next_obs[part], reward, terminated, truncated, info = envs.recv()
-                    # a lost life is `terminated` too, but only a new game turns back the frames
-                    new_game = info["episode_frame_number"] < frame_number[part]
-                    game_over = truncated | (terminated & new_game)
-                    frame_number[part] = info["episode_frame_number"]
+                    # a lost life is `terminated` too
+                    game_over = truncated | (terminated & envs.new_game)
                     rewards[past] = torch.from_numpy(np.sign(reward))
                     ends[past] = torch.from_numpy(terminated | truncated)
                     bootstraps[past] = 0

@@ -16,6 +16,15 @@ class Recorder:
     def __init__(self, envs):
         self.envs, self.log = envs, []
         self.num_envs, self.single_action_space = envs.num_envs, envs.single_action_space
+        self.repeat_first_frame = envs.repeat_first_frame
+
+    @property
+    def age(self):
+        return self.envs.age
+
+    @property
+    def new_life(self):
+        return self.envs.new_life
 
     def reset(self, seed):
         self.seeds = set(seed)

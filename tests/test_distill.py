@@ -40,13 +40,65 @@ def test_kl_survives_certain_teachers_and_extreme_students():
 def test_temperature_equals_values_worked_by_hand():
     probs = torch.tensor([[0.2, 0.8]])
     # p^2 / sum p^2 at temperature 1/2; sqrt at 2
-    torch.testing.assert_close(distill.soften(probs, 0.5),
+    torch.testing.assert_close(distill.make_targets(probs, False, "kl", 0.5),
                                torch.tensor([[0.04 / 0.68, 0.64 / 0.68]]))
     root = math.sqrt(0.2) / (math.sqrt(0.2) + math.sqrt(0.8))
-    torch.testing.assert_close(distill.soften(probs, 2.0), torch.tensor([[root, 1 - root]]))
-    assert distill.soften(probs, 1.0) is probs
-    torch.testing.assert_close(distill.soften(torch.tensor([[0.0, 1.0]]), 0.01),
+    torch.testing.assert_close(distill.make_targets(probs, False, "kl", 2.0),
+                               torch.tensor([[root, 1 - root]]))
+    assert distill.make_targets(probs, False, "kl", 1.0) is probs
+    torch.testing.assert_close(distill.make_targets(torch.tensor([[0.0, 1.0]]), False, "kl", 0.01),
                                torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("temperature, gap, expected", [
+    # softmax(Q / tau): e^1, e^0.5 and 1 over their sum at Q = 0.01, 0.005, 0 and tau = 0.01
+    (0.01, 0.005, [0.506480391055654, 0.307195885718492, 0.186323723225854]),
+    # e^2, e^1 and 1 over their sum at Q = 2, 1, 0 and tau = 1
+    (1.0, 1.0, [0.665240955774822, 0.244728471054798, 0.090030573170381])])
+def test_equation_2_equals_values_worked_by_hand(temperature, gap, expected):
+    q = torch.tensor([[2 * gap, gap, 0.0]])
+    targets = distill.make_targets(q, True, "kl", temperature)
+    torch.testing.assert_close(targets, torch.tensor([expected]), atol=1e-6, rtol=0)
+    # and Eq. 2 itself against a student that finds all actions alike: ln 3 less the entropy
+    entropy = -sum(p * math.log(p) for p in expected)
+    kl = distill.kl_divergence(targets, torch.zeros(1, 3))
+    assert kl.item() == pytest.approx(math.log(3) - entropy, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_sharpening_large_q_values_is_stable(scale):
+    offsets = torch.tensor([0.0, 0.015625, -0.0078125])
+    q = (torch.tensor(scale) + 64 * offsets).unsqueeze(0)  # apart by 1 and 0.5
+    expected = (64 * offsets.double() / 0.01).softmax(-1).float().unsqueeze(0)
+    targets = distill.make_targets(q, True, "kl", 0.01)
+    torch.testing.assert_close(targets, expected)
+    close = (torch.tensor(scale) + torch.tensor([0.0, 0.0009765625])).unsqueeze(0)
+    expected = torch.tensor([0.0, 0.0009765625 / 0.01]).softmax(-1).unsqueeze(0)
+    torch.testing.assert_close(distill.make_targets(close, True, "kl", 0.01), expected)
+    logits = torch.zeros(1, 3, requires_grad=True)
+    distill.kl_divergence(targets, logits).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert distill.make_targets(q, True, "mse", None) is q
+
+
+def test_the_other_losses_of_rusu_et_al():
+    outputs, logits = torch.tensor([[0.2, 0.7, 0.1], [3.0, -1.0, 2.0]]), torch.randn(2, 3)
+    targets = distill.make_targets(outputs, True, "nll", None)
+    torch.testing.assert_close(
+        distill.kl_divergence(targets, logits),
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0]), reduction="none"))
+    student = torch.tensor([[0.0, 1.0, 0.5], [3.0, 1.0, 2.5]])
+    # 0.04 + 0.09 + 0.16 and 0 + 4 + 0.25
+    torch.testing.assert_close(distill.squared_error(outputs, student), torch.tensor([0.29, 4.25]))
+
+
+def test_an_update_by_squared_error_moves_the_student_to_the_q_values():
+    agent, (obs, _, values) = distill.Agent("low", 6), random_batch(8)
+    optimizer, q = torch.optim.SGD(agent.parameters(), lr=0.0), torch.randn(8, 6)
+    sums = distill.distill_update(agent, optimizer, obs, q, values, 0.0, distill.squared_error)
+    logits, _ = agent(obs)
+    torch.testing.assert_close(agent.actor.bias.grad, 2 * (logits - q).mean(0), atol=1e-5, rtol=0)
+    assert sums[0].item() == pytest.approx((logits - q).square().sum().item(), rel=1e-5)
 
 
 def random_batch(size):

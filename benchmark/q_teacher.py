@@ -1,0 +1,134 @@
+"""Train a Q-network with Stable-Baselines3's DQN: a teacher for `collect_buffer.py` to record.
+
+    python benchmark/q_teacher.py --total-timesteps 1_000_000
+    python benchmark/q_teacher.py --guide-path pretrained/PongNoFrameskip-v4/ppo_high.pt
+    python collect_buffer.py --teacher-path checkpoints/PongNoFrameskip-v4/dqn.zip
+
+Needs stable-baselines3, and takes its `CnnPolicy` as it is; the games are those of the four scripts
+on ale-py's threads. Writes what Stable-Baselines3's own `save` writes, again and again, so that it
+can be stopped at any time; games' returns go to TensorBoard.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import ConvertCallback, EveryNTimesteps
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collect_buffer import (  # noqa: E402
+    game_seeds, load_checkpoint, preprocessing, resolve_game, sample_actions)
+
+
+@dataclass
+class Args:
+    env_id: str = "PongNoFrameskip-v4"
+    """gymnasium id of the Atari game"""
+    total_timesteps: int = 1_000_000
+    """steps of training, all games together"""
+    num_envs: int = 8
+    """games played at once; each step of all of them is followed by one optimiser step"""
+    learning_rate: float = 2e-4
+    """Adam's learning rate"""
+    n_steps: int = 3
+    """rewards summed up before the target network's value is added"""
+    exploration_steps: int = 100_000
+    """steps in which epsilon falls from 1 to 0.02, in the games that are not guided"""
+    seed: int = 1
+    """seed of weights, games and exploration"""
+    guide_path: str | None = None
+    """checkpoint of a policy that plays half of the games, with 1 in 10 actions at random, so that
+    the replay memory holds good play long before the Q-network is capable of it"""
+    save_path: str | None = None
+    """file to write; default `checkpoints/{env_id}/dqn.zip`"""
+
+
+class GuidedDQN(DQN):
+    """DQN whose first games, half of all, are played by `guide` where there is one."""
+
+    guide = None
+
+    def _sample_action(self, learning_starts, action_noise=None, n_envs=1):
+        action, stored = super()._sample_action(learning_starts, action_noise, n_envs)
+        if self.guide is not None:
+            guided = np.arange(n_envs) < n_envs // 2
+            guided &= np.random.random(n_envs) >= 0.1
+            with torch.no_grad():
+                logits, _ = self.guide(torch.from_numpy(self._last_obs[guided]))
+            action[guided] = stored[guided] = sample_actions(logits).numpy()
+        return action, stored
+
+
+class VectorGames(VecEnv):
+    """ale-py's games behind Stable-Baselines3's interface, with rewards clipped to their sign."""
+
+    def __init__(self, rom, num_envs, seed):
+        self.games = AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
+                                    reward_clipping=False, repeat_action_probability=0.0,
+                                    **preprocessing())
+        self.first_seeds = game_seeds(num_envs, seed, 1)
+        self.render_mode = None
+        super().__init__(num_envs, self.games.single_observation_space,
+                         self.games.single_action_space)
+
+    def reset(self):
+        return self.games.reset(seed=self.first_seeds)[0]
+
+    def step_async(self, actions):
+        self.games.send(np.asarray(actions))
+
+    def step_wait(self):
+        obs, reward, terminated, truncated, info = self.games.recv()
+        infos = [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(terminated | truncated):
+            infos[i] = {"terminal_observation": info["final_obs"][i],
+                        "TimeLimit.truncated": bool(truncated[i] and not terminated[i])}
+        return obs, np.sign(reward).astype(np.float32), terminated | truncated, infos
+
+    def close(self):
+        self.games.close()
+
+    def seed(self, seed=None):
+        return [None] * self.num_envs
+
+    def get_attr(self, attr_name, indices=None):
+        return [getattr(self, attr_name)] * self.num_envs
+
+    def set_attr(self, attr_name, value, indices=None):
+        raise NotImplementedError
+
+    def env_method(self, method_name, *method_args, indices=None, **method_kwargs):
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return [False] * self.num_envs
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    env_id, rom = resolve_game(args.env_id)
+    save_path = Path(args.save_path or f"checkpoints/{env_id}/dqn.zip")
+    games = VectorGames(rom, args.num_envs, args.seed)
+    model = GuidedDQN(
+        "CnnPolicy", VecMonitor(games), seed=args.seed, learning_rate=args.learning_rate,
+        n_steps=args.n_steps, buffer_size=100_000, learning_starts=10_000, train_freq=1,
+        target_update_interval=500 * args.num_envs, exploration_final_eps=0.02,
+        exploration_fraction=min(1, args.exploration_steps / args.total_timesteps),
+        policy_kwargs={"optimizer_kwargs": {"fused": True}},
+        tensorboard_log=f"runs/{env_id}__q_teacher__{args.seed}", verbose=1)
+    if args.guide_path is not None:
+        _, guide = load_checkpoint(args.guide_path, env_id, int(games.action_space.n), "")
+        # on the class, as the attributes of the model itself are saved with it
+        GuidedDQN.guide = guide.to(memory_format=torch.channels_last)
+    model.policy.to(memory_format=torch.channels_last)
+    save = ConvertCallback(lambda _locals, _globals: model.save(save_path) or True)
+    model.learn(args.total_timesteps, callback=EveryNTimesteps(20_000, save), log_interval=16)
+    model.save(save_path)
+    print(f"wrote {save_path}")
