@@ -1166,8 +1166,14 @@ if __name__ == "__main__":
     try:
         with contextlib.ExitStack() as at_exit:
             main(tyro.cli(Args), at_exit)
-    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UsageError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"error: out of memory ({' '.join(str(error).split()):.99}); use smaller batches, "
+              "fewer games or fewer samples", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped by a signal", file=sys.stderr)

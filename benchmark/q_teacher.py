@@ -1,7 +1,8 @@
 """Train a Q-network with Stable-Baselines3's DQN: a teacher for `collect_buffer.py` to record.
 
     python benchmark/q_teacher.py --total-timesteps 1_000_000
-    python benchmark/q_teacher.py --guide-path pretrained/PongNoFrameskip-v4/ppo_high.pt
+    python benchmark/q_teacher.py --total-timesteps 300_000 --exploration-steps 60_000 \\
+        --learning-rate 1e-4 --guide-path pretrained/PongNoFrameskip-v4/ppo_high.pt
     python collect_buffer.py --teacher-path checkpoints/PongNoFrameskip-v4/dqn.zip
 
 Needs stable-baselines3, and takes its `CnnPolicy` as it is; the games are those of the four scripts
@@ -40,12 +41,13 @@ class Args:
     n_steps: int = 3
     """rewards summed up before the target network's value is added"""
     exploration_steps: int = 100_000
-    """steps in which epsilon falls from 1 to 0.02, in the games that are not guided"""
+    """steps in which epsilon falls to 0.02, from 1 or with a guide 0.1"""
     seed: int = 1
     """seed of weights, games and exploration"""
     guide_path: str | None = None
-    """checkpoint of a policy that plays half of the games, with 1 in 10 actions at random, so that
-    the replay memory holds good play long before the Q-network is capable of it"""
+    """checkpoint of a high-capacity policy to begin from, where there is no time for DQN from
+    scratch: the Q-network begins with its layers, its value and a small share of its logits, and
+    the policy plays half of the games, with 1 in 10 actions at random"""
     save_path: str | None = None
     """file to write; default `checkpoints/{env_id}/dqn.zip`"""
 
@@ -64,6 +66,20 @@ class GuidedDQN(DQN):
                 logits, _ = self.guide(torch.from_numpy(self._last_obs[guided]))
             action[guided] = stored[guided] = sample_actions(logits).numpy()
         return action, stored
+
+
+def begin_with(q_network, policy):
+    """Give SB3's Q-network the layers of a policy: Q = V + 0.02 (logits - their mean)."""
+    layers = q_network.features_extractor
+    logits, value = policy.actor, policy.critic
+    for theirs, ours in ((layers.cnn[0], 0), (layers.cnn[2], 2), (layers.cnn[4], 4),
+                         (layers.linear[0], 7)):
+        theirs.load_state_dict(policy.network[ours].state_dict())
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            logit = getattr(logits, name)
+            getattr(q_network.q_net[0], name).copy_(
+                getattr(value, name) + 0.02 * (logit - logit.mean(0)))
 
 
 class VectorGames(VecEnv):
@@ -120,6 +136,7 @@ if __name__ == "__main__":
         "CnnPolicy", VecMonitor(games), seed=args.seed, learning_rate=args.learning_rate,
         n_steps=args.n_steps, buffer_size=100_000, learning_starts=10_000, train_freq=1,
         target_update_interval=500 * args.num_envs, exploration_final_eps=0.02,
+        exploration_initial_eps=1.0 if args.guide_path is None else 0.1,
         exploration_fraction=min(1, args.exploration_steps / args.total_timesteps),
         policy_kwargs={"optimizer_kwargs": {"fused": True}},
         tensorboard_log=f"runs/{env_id}__q_teacher__{args.seed}", verbose=1)
@@ -127,6 +144,8 @@ if __name__ == "__main__":
         _, guide = load_checkpoint(args.guide_path, env_id, int(games.action_space.n), "")
         # on the class, as the attributes of the model itself are saved with it
         GuidedDQN.guide = guide.to(memory_format=torch.channels_last)
+        for q_network in (model.q_net, model.q_net_target):
+            begin_with(q_network, guide)
     model.policy.to(memory_format=torch.channels_last)
     save = ConvertCallback(lambda _locals, _globals: model.save(save_path) or True)
     model.learn(args.total_timesteps, callback=EveryNTimesteps(20_000, save), log_interval=16)

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -19,7 +20,7 @@ import ppo_atari_teacher as teacher
 import pytest
 import torch
 import tyro
-from conftest import SCRIPTS, SMALL_PPO, run_main, run_script
+from conftest import ROOT, SCRIPTS, SMALL_PPO, run_main, run_script
 
 GAME = "PongNoFrameskip-v4"
 MEANINGS = ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
@@ -106,7 +107,8 @@ def test_bad_checkpoints_are_refused_by_name(kind, tmp_path):
 def test_good_checkpoint_loads_equal(tmp_path):
     content = checkpoint()
     found, agent = teacher.load_checkpoint(saved(tmp_path / "x.pt", content), GAME, 6, "")
-    assert found.keys() == content.keys()
+    assert found.keys() == content.keys() | {"protocol"}, "files from before there was one"
+    assert found["protocol"] == teacher.default_protocol()
     assert all(torch.equal(x, content["model"][name]) for name, x in agent.state_dict().items())
 
 
@@ -600,3 +602,16 @@ def test_buffer_members_are_plain_npy_files(chain):
     with zipfile.ZipFile(chain[0] / "buffers" / f"{GAME}.npz") as archive:
         assert archive.testzip() is None
         assert all(name.endswith(".npy") for name in archive.namelist())
+
+
+def test_too_little_memory_is_told_in_one_line(tmp_path):
+    """A batch that the allocator refuses, under a limit on this process's own memory."""
+    command = [sys.executable, str(ROOT / "actor_distill.py"), "--capacity", "high",
+               "--batch-size", "20000", "--epochs", "1", "--eval-steps", "0"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30)))
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: out of memory (") and "smaller batches" in last
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob("checkpoints/*/*"))

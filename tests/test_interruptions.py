@@ -74,7 +74,7 @@ def test_a_signal_ends_a_training_that_the_printed_command_goes_on_with(
     file = tmp_path / "x y.pt"  # the blank needs quotes in the printed command
     flags = [*FLAGS[script], *output_flag(script, file), "--checkpoint-interval", 10**9]
     run = Running(chain[0], script, flags, tmp_path / "log")
-    run.wait_for("sample/s" if script == "actor_distill.py" else "step/s")
+    run.wait_for("epoch 1, held-out" if script == "actor_distill.py" else "step/s")
     time.sleep(random.Random(f"{script}{number}").uniform(3, 5))
     status, seconds = run.end(number)
     assert status == 128 + number
