@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,9 @@ class Args:
     """passes over the buffer; the paper uses 10 to 400"""
     batch_size: int = 32
     """samples a gradient step; the last batch of an epoch may be smaller"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """mini-batch SGD, as in the paper, with momentum 0.9; or Adam"""
+    optimizer: Literal["sgd", "adam"] | None = None
+    """mini-batch SGD, as in the paper, with momentum 0.9; or Adam; default SGD for the KL, Adam for
+    the other two losses, whose larger gradients it survives"""
     learning_rate: float | None = None
     """learning rate at the start; default 0.03 for SGD, 0.001 for Adam"""
     anneal_lr: bool = False
@@ -461,11 +463,13 @@ def load_tensors(content):
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-        # without compression, so a member that is larger than the file is a trap
+        # without compression, so a member that is larger than the file, or claims so, is a trap
         if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or any(member.compress_type for member in archive.infolist())
                 or archive.testzip() is not None):
             raise ValueError("CRC mismatch")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of odd kinds of tensors
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -532,6 +536,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
         if {x.dtype for x in weights} != {torch.float32}:
             raise ValueError("load_state_dict would convert them in silence")
+        # a tensor may repeat one number over and over, and a network may be of any size
+        size = 4 * sum(x.numel() for x in checkpoint["model"].values())
+        if checkpoint["capacity"] not in Agent.SIZES or size > os.path.getsize(path):
+            raise ValueError("larger than its file")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
@@ -806,6 +814,9 @@ def load_buffer(path, env_id, action_meanings, made_by):
               "preprocessing": preprocessing()}
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                   for member in archive.infolist()):  # those inflate without a limit
+                raise ValueError("of another compression")
             shape, dtype = npy_header(archive, "meta")[::-1]
             if shape != () or dtype.itemsize > 2**20:
                 raise ValueError("array meta is no text")
@@ -1020,8 +1031,9 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
             "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
             "wandb_entity", "eval_steps", "eval_greedy", "eval_only", *free}
+    defaults = vars(type(args)())  # for flags that were added since
     for name, value in vars(args).items():
-        if name not in free and (before := saved["args"].get(name)) != value:
+        if name not in free and (before := saved["args"].get(name, defaults[name])) != value:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
                              "with that, or train to another --save-path")
@@ -1081,7 +1093,8 @@ def share_of_teacher(result, teacher):
         text += "no share, since not both are positive"
     else:
         text += f"{100 * result['mean'] / taught['mean']:.1f}% of its teacher"
-    rules = ("greedy", "repeat_action_probability")
+    rules, own = ("greedy", "repeat_action_probability", "protocol"), default_protocol()
+    result, taught = {"protocol": own} | result, {"protocol": own} | taught
     if any(result[rule] != taught.get(rule) for rule in rules):
         text += f" (not comparable: {' or '.join(rules)} differs between the two evaluations)"
     return text
@@ -1091,7 +1104,7 @@ def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), repeat_action_probability=(0, 1),
                 eval_steps=(0 if args.eval_only is None else 1, 10**12), epochs=(1, 10**6),
-                batch_size=(1, 10**6), learning_rate=(1e-12, 1e3), temperature=(1e-6, 1e6),
+                batch_size=(1, 10**6), learning_rate=(1e-12, 1e3), temperature=(1e-6, 1e4),
                 value_coef=(0, 1e6), validation_fraction=(0.001, 0.5),
                 early_stop_patience=(0, 10**6), checkpoint_interval=(1, 10**12))
     device = set_up_torch(args)
@@ -1111,6 +1124,7 @@ def main(args, at_exit):
         return
 
     args.capacity = args.capacity or "medium"
+    args.optimizer = args.optimizer or ("sgd" if args.loss == "kl" else "adam")
     args.learning_rate = args.learning_rate or {"sgd": 0.03, "adam": 1e-3}[args.optimizer]
     buffer_path = args.buffer_path or default_path(
         f"buffers/{env_id}.npz", f"{env_id}/buffer.npz")

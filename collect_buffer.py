@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -431,11 +432,13 @@ def load_tensors(content):
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-        # without compression, so a member that is larger than the file is a trap
+        # without compression, so a member that is larger than the file, or claims so, is a trap
         if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or any(member.compress_type for member in archive.infolist())
                 or archive.testzip() is not None):
             raise ValueError("CRC mismatch")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of odd kinds of tensors
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -502,6 +505,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
         if {x.dtype for x in weights} != {torch.float32}:
             raise ValueError("load_state_dict would convert them in silence")
+        # a tensor may repeat one number over and over, and a network may be of any size
+        size = 4 * sum(x.numel() for x in checkpoint["model"].values())
+        if checkpoint["capacity"] not in Agent.SIZES or size > os.path.getsize(path):
+            raise ValueError("larger than its file")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
@@ -558,11 +565,13 @@ def load_foreign(path, env_id, num_actions):
         return None
     try:
         content = Path(path).read_bytes()
-        if all(name in content[:4096] for name in (b"params", b"kernel")):  # names that flax gives
+        if content[:2] != b"PK" and b"params" in content and b"kernel" in content:  # flax's names
             raise UsageError(f"{path}: holds the weights of a JAX agent; {accepted}")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if "policy.pth" in archive.namelist():
-                if archive.getinfo("policy.pth").file_size > len(content):
+                member = archive.getinfo("policy.pth")
+                if member.file_size > len(content) or member.compress_type not in (
+                        zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError("policy.pth is larger than its archive")
                 content = archive.read("policy.pth")
         found = load_tensors(content)
@@ -594,7 +603,7 @@ def load_foreign(path, env_id, num_actions):
     if kind is None:
         text = ", ".join(sorted({name.rpartition(".")[0] or name for name in own}))
         what = ("a recurrent policy" if "lstm" in text else "a policy of continuous actions"
-                if "log_std" in text else f"the layers {text:.300}"
+                if "log_std" in text else f"the layers {text!a:.300}"
                 if any(x.ndim == 4 for x in found.values()) else "an MlpPolicy, no convolutions")
         raise UsageError(f"{path}: holds {what}; {accepted}")
 
@@ -609,6 +618,9 @@ def load_foreign(path, env_id, num_actions):
 
     try:
         policy, value = renamed("pi_"), renamed("vf_")
+        if any(4 * sum(x.numel() for x in weights.values()) > len(content)
+               for weights in (policy, value)):
+            raise ValueError("larger than the file")
         own_critic = any((policy[name] != value[name]).any() for name in policy)
         widths = tuple(len(policy[f"network.{i}.bias"]) for i in (0, 2, 4, 7))
         first, hidden, actions = (tuple(policy[f"{name}.weight"].shape)
@@ -616,7 +628,7 @@ def load_foreign(path, env_id, num_actions):
     except Exception as error:
         raise UsageError(f"{path}: {kind} whose layers do not fit each other ({error!r:.100}); "
                          f"{accepted}") from None
-    if first[1:] != (4, 8, 8) or hidden[1:] != (widths[2] * 49,):
+    if min(widths) < 1 or first[1:] != (4, 8, 8) or hidden[1:] != (widths[2] * 49,):
         raise UsageError(f"{path}: {kind} whose first convolution is {first} and hidden layer "
                          f"{hidden}; observations must be 4 frames of 84x84")
     if actions[0] != num_actions:
@@ -799,7 +811,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
             action = outputs.argmax(-1)
         else:
             action = sample_actions(outputs, generator)
-        if epsilon is not None and not greedy:
+        if epsilon is not None:
             explores = torch.rand(len(action), generator=generator, device=device) < epsilon
             action[explores] = torch.randint(
                 num_actions, (int(explores.sum()),), generator=generator, device=device)
@@ -919,13 +931,16 @@ def main(args, at_exit):
         raise UsageError(f"{teacher_path}: imitates Q-values, which this script records only from "
                          "the Q-network itself; pass that, or distil with --loss kl or nll")
     if q_network:
-        args.epsilon = 0.05 if args.epsilon is None else args.epsilon
+        if args.greedy and args.epsilon:
+            raise UsageError(f"--epsilon {args.epsilon}: --greedy leaves no chance; drop one")
+        args.epsilon = 0.0 if args.greedy else 0.05 if args.epsilon is None else args.epsilon
     elif args.epsilon is not None:
         raise UsageError(f"--epsilon {args.epsilon}: {teacher_path} is a policy without Q-values, "
                          "which explores by itself; leave the flag out")
-    protocol = checkpoint["protocol"]
+    fire = checkpoint["protocol"]["fire_on_life_loss"]
     if args.fire_on_life_loss != "auto":
-        protocol = protocol | {"fire_on_life_loss": args.fire_on_life_loss == "on"}
+        fire = args.fire_on_life_loss == "on"
+    protocol = checkpoint["protocol"] | {"fire_on_life_loss": fire and "FIRE" in action_meanings}
     halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
     for envs, _ in halves:
         at_exit.callback(envs.close)
@@ -939,7 +954,7 @@ def main(args, at_exit):
 
     if isinstance(agent, ForeignTeacher):
         print(f"teacher     {checkpoint['phase']}, {checkpoint['capacity']}"
-              + (f", epsilon {args.epsilon:g}" if q_network and not args.greedy else "")
+              + (f", epsilon {args.epsilon:g}" if q_network else "")
               + (", FIRE pressed after a lost life" if protocol["fire_on_life_loss"] else ""))
 
     # nothing slow comes between recording and writing, where a signal would lose the recording

@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -455,11 +456,13 @@ def load_tensors(content):
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-        # without compression, so a member that is larger than the file is a trap
+        # without compression, so a member that is larger than the file, or claims so, is a trap
         if (sum(member.file_size for member in archive.infolist()) > len(content)
+                or any(member.compress_type for member in archive.infolist())
                 or archive.testzip() is not None):
             raise ValueError("CRC mismatch")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of odd kinds of tensors
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
@@ -526,6 +529,10 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
         if {x.dtype for x in weights} != {torch.float32}:
             raise ValueError("load_state_dict would convert them in silence")
+        # a tensor may repeat one number over and over, and a network may be of any size
+        size = 4 * sum(x.numel() for x in checkpoint["model"].values())
+        if checkpoint["capacity"] not in Agent.SIZES or size > os.path.getsize(path):
+            raise ValueError("larger than its file")
         agent = Agent(checkpoint["capacity"], num_actions)
         agent.load_state_dict(checkpoint["model"])
     except Exception:
@@ -860,8 +867,9 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
             "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
             "wandb_entity", "eval_steps", "eval_greedy", "eval_only", *free}
+    defaults = vars(type(args)())  # for flags that were added since
     for name, value in vars(args).items():
-        if name not in free and (before := saved["args"].get(name)) != value:
+        if name not in free and (before := saved["args"].get(name, defaults[name])) != value:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
                              "with that, or train to another --save-path")
@@ -921,7 +929,8 @@ def share_of_teacher(result, teacher):
         text += "no share, since not both are positive"
     else:
         text += f"{100 * result['mean'] / taught['mean']:.1f}% of its teacher"
-    rules = ("greedy", "repeat_action_probability")
+    rules, own = ("greedy", "repeat_action_probability", "protocol"), default_protocol()
+    result, taught = {"protocol": own} | result, {"protocol": own} | taught
     if any(result[rule] != taught.get(rule) for rule in rules):
         text += f" (not comparable: {' or '.join(rules)} differs between the two evaluations)"
     return text
@@ -969,8 +978,7 @@ def main(args, at_exit):
     else:
         source = student_path
     student, agent = load_checkpoint(source, env_id, num_actions, made_by, args.capacity)
-    protocol = student["protocol"]
-    if protocol["greedy"]:
+    if student["protocol"]["greedy"]:
         raise UsageError(f"{source}: imitates Q-values, which are no policy for PPO to start from; "
                          "distil it with --loss kl or nll")
     args.capacity = student["capacity"]
@@ -984,6 +992,7 @@ def main(args, at_exit):
         saved, _ = load_checkpoint(save_path, env_id, num_actions,
                                    f"python finetune_student.py --env-id {env_id} --overwrite")
         restore(save_path, saved, "finetuned", args, agent, optimizer)
+    protocol = (saved or student)["protocol"]
     state, global_step = saved, saved.get("global_step", 0)
     last_saved = start_step = global_step
     run_name = saved.get("run_name") or new_run(env_id, args)

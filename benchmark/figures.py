@@ -4,7 +4,8 @@
 
 Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/` and, where
 the teacher was trained on from there, `finetuned_high/`, its run folders, and
-`distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`.
+`distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`, and
+`table3/direct_{capacity}_{seed}/`, those of `benchmark/table3.sh`.
 """
 
 import json
@@ -37,6 +38,23 @@ def scalar(folder, tag):
     return np.array([x.step for x in events]), np.array([x.value for x in events])
 
 
+def game_returns(parts):
+    """The steps at which full games ended, and their returns, over folders one after another."""
+    steps, returns, begin = [], [], 0
+    for folder, length in parts:
+        at, found = scalar(folder, "charts/episodic_return")
+        steps.append(begin + at[at <= length])
+        returns.append(found[at <= length])
+        begin += length
+    return np.concatenate(steps), np.concatenate(returns)
+
+
+def moving_mean(steps, returns, window=100):
+    """The mean return of the last `window` games, at the steps at which it is known."""
+    window = min(window, len(returns))
+    return steps[window - 1:], np.convolve(returns, np.ones(window) / window, "valid")
+
+
 def learning_curve(parts, path):
     """Every full game's return over the teacher's training, and the mean of the last 100.
 
@@ -48,19 +66,12 @@ def learning_curve(parts, path):
         The evaluation in the last folder.
     """
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    steps, returns, begin = [], [], 0
-    for folder, length in parts:
-        at, found = scalar(folder, "charts/episodic_return")
-        steps.append(begin + at[at <= length])
-        returns.append(found[at <= length])
-        if begin:
-            axes.axvline(begin, linewidth=0.7, color="0.4")
-        begin += length
-    steps, returns = np.concatenate(steps), np.concatenate(returns)
-    window = min(100, len(returns))
-    means = np.convolve(returns, np.ones(window) / window, "valid")
+    for begin in np.cumsum([length for _, length in parts])[:-1]:
+        axes.axvline(begin, linewidth=0.7, color="0.4")
+    steps, returns = game_returns(parts)
+    folder = parts[-1][0]
     axes.plot(steps, returns, ".", markersize=2, color="0.75", label="one game")
-    axes.plot(steps[window - 1:], means, color="C3", label=f"mean of the last {window} games")
+    axes.plot(*moving_mean(steps, returns), color="C3", label="mean of the last 100 games")
     result = json.loads((folder / "eval.json").read_text())
     axes.axhline(result["mean"], linestyle="--", linewidth=1, color="k",
                  label=f"shipped checkpoint, {result['episodes']} games: {result['mean']:.2f}")
@@ -69,6 +80,23 @@ def learning_curve(parts, path):
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
     return result
+
+
+def capacities_figure(folder, teacher_parts, path):
+    """Returns over direct training by capacity, one seed each: the shape of the paper's Fig. 2."""
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    curves = {"high, the teacher": (teacher_parts, "C3")}
+    for capacity, color in (("medium", "C4"), ("low", "C0")):
+        for run in sorted(folder.glob(f"direct_{capacity}_*"))[:1]:
+            curves[capacity] = ([(run, np.inf)], color)
+    if len(curves) == 1:
+        return
+    for label, (parts, color) in curves.items():
+        axes.plot(*moving_mean(*game_returns(parts)), color=color, label=label)
+    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 games",
+             title="Trained directly, one seed each")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def epochs_figure(folder, teacher, path):
@@ -103,4 +131,5 @@ if __name__ == "__main__":
     figures.mkdir(parents=True, exist_ok=True)
     parts = [(results / name, steps) for name, steps in zip(args.parts, args.steps)]
     teacher = learning_curve(parts, figures / f"{args.env_id}_teacher.png")
+    capacities_figure(results / "table3", parts, figures / f"{args.env_id}_capacities.png")
     epochs_figure(results, teacher, figures / f"{args.env_id}_epochs.png")

@@ -48,9 +48,9 @@ class Args:
 
 
 WAYS = {"Q-network": ("--loss kl --temperature 0.01", "--loss kl --temperature 0.1",
-                      "--loss kl --temperature 1", "--loss nll", "--loss mse"),
-        "policy": ("--loss kl --temperature 1", "--loss kl --temperature 0.1",
-                   "--loss kl --temperature 0.01", "--loss nll")}
+                      "--loss kl --temperature 1", "--loss nll --optimizer sgd", "--loss nll",
+                      "--loss mse", "--loss kl --temperature 0.01 --optimizer adam"),
+        "policy": ("--loss kl --temperature 1", "--loss kl --temperature 0.01", "--loss nll")}
 
 
 def run(command):

@@ -615,3 +615,12 @@ def test_too_little_memory_is_told_in_one_line(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: out of memory (") and "smaller batches" in last
     assert "Traceback" not in result.stderr and not list(tmp_path.glob("checkpoints/*/*"))
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_buffers_of_other_compressions_are_refused(how, tmp_path):
+    """bzip2 and LZMA members inflate without a limit, whatever size they claim."""
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", how) as archive:
+        archive.writestr("meta.npy", bytes(1000))
+    with pytest.raises(distill.UsageError, match="another compression"):
+        distill.load_buffer(tmp_path / "x.npz", GAME, MEANINGS, "python make.py")

@@ -439,7 +439,7 @@ def test_foreign_and_hostile_files_are_refused_in_one_line(teachers, tmp_path):
     flax = b"\x93\x81\xa6params\x81\xa6Conv_0\x81\xa6kernel" + bytes(500)
     good = teachers["sb3_dqn"][0].read_bytes()
     cases = {
-        "recurrent": saved(recurrent), "layers body.0;": saved(unknown), "JAX": flax,
+        "recurrent": saved(recurrent), "layers 'body.0';": saved(unknown), "JAX": flax,
         "network.7": saved(missing), "no state dict but a list": saved([1, 2]),
         "damaged": good[:len(good) // 2], "MlpPolicy": saved({"x": torch.zeros(3)}),
         "(BadZipFile)": b"", "ValueError": zipped(bytes(50_000_000), zipfile.ZIP_DEFLATED),
@@ -450,6 +450,12 @@ def test_foreign_and_hostile_files_are_refused_in_one_line(teachers, tmp_path):
     for found, content in cases.items():
         game = "PongNoFrameskip-v4" if "actions" in found else GAME
         assert found in refused(tmp_path, content, game=game), found
+    stretched = {name: torch.zeros(1).expand(x.shape) for name, x in CleanRL(
+        "ppo", WIDE).state_dict().items()}
+    assert "larger than the file" in refused(tmp_path, saved(stretched))
+    assert "\x1b" not in refused(tmp_path, saved({"\x1b[31mred": torch.zeros(1, 1, 1, 1)}))
+    for how in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # these inflate without a limit
+        assert "ValueError" in refused(tmp_path, zipped(bytes(1000), how, pad=bytes(2000)))
     flipped = bytearray(good)
     flipped[good.index(b"policy.pth") + 2_000_000] ^= 1
     assert "damaged" in refused(tmp_path, bytes(flipped))
@@ -466,6 +472,78 @@ def test_the_pickled_rest_of_a_zip_is_never_read(teachers, tmp_path):
     (tmp_path / "teacher.zip").write_bytes(content)
     assert collect.load_foreign(tmp_path / "teacher.zip", GAME, ACTIONS) is not None
     assert not (tmp_path / "executed").exists()
+
+
+def own_checkpoint(**changes):
+    agent = finetune.Agent("low", ACTIONS)
+    return {"format_version": 1, "phase": "ppo", "env_id": GAME, "capacity": "low",
+            "num_actions": ACTIONS, "global_step": 0, "args": {}, "model": agent.state_dict(),
+            "evaluation": None, **changes}
+
+
+def test_own_checkpoints_are_not_taken_for_others(tmp_path):
+    torch.save(own_checkpoint(checkpoint="kernel/params.pt"), tmp_path / "teacher.pt")
+    assert collect.load_foreign(tmp_path / "teacher.pt", GAME, ACTIONS) is None
+    assert "do not fit" in refused(tmp_path, saved(own_checkpoint(capacity=(8, 16, 16, 128))))
+    stretched = {name: torch.zeros(1).expand(x.shape) for name, x in finetune.Agent(
+        "high", ACTIONS).state_dict().items()}
+    assert "do not fit" in refused(
+        tmp_path, saved(own_checkpoint(capacity="high", model=stretched)))
+
+
+def test_odd_tensors_give_one_line_too(tmp_path):
+    weights = CleanRL("ppo", NARROW).state_dict()
+    weights["actor.weight"] = weights["actor.weight"].to_sparse_csr()
+    torch.save(weights, tmp_path / "sparse.pt")
+    result = run_script(tmp_path, "collect_buffer.py", "--env-id", GAME, "--teacher-path",
+                        "sparse.pt")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_greedy_q_networks_and_games_without_fire_say_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(CleanRL("dqn", NARROW, 9).state_dict(), "dqn")
+    changes = {"env_id": "MsPacmanNoFrameskip-v4", "num_samples": 200, "greedy": True}
+    run_main(collect, collect_args(tmp_path, "dqn", **changes))
+    with np.load("buffer.npz") as buffer:
+        meta = json.loads(str(buffer["meta"]))
+        np.testing.assert_array_equal(buffer["actions"], buffer["q_values"].argmax(1))
+    assert meta["epsilon"] == 0 and meta["protocol"]["fire_on_life_loss"] is False
+    with pytest.raises(collect.UsageError, match="--epsilon 0.5"):
+        run_main(collect, collect_args(tmp_path, "dqn", epsilon=0.5, overwrite=True, **changes))
+
+
+def test_share_is_not_comparable_between_protocols():
+    evaluation = {"mean": 10.0, "greedy": False, "repeat_action_probability": 0.0}
+    own = evaluation | {"protocol": collect.default_protocol()}
+    assert "not comparable" not in distill.share_of_teacher(own, {"evaluation": evaluation})
+    assert "protocol differs" in distill.share_of_teacher(
+        own | {"protocol": FIRE}, {"evaluation": evaluation})
+
+
+def test_a_finetuning_goes_on_by_the_protocol_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = dict(env_id=GAME, student_path="student.pt", save_path="tuned.pt", num_envs=2,
+                num_steps=16, num_minibatches=2, update_epochs=1, eval_steps=0, device="cpu")
+    torch.save(own_checkpoint(protocol=FIRE), "student.pt")
+    run_main(finetune, finetune.Args(total_timesteps=32, **args))
+    torch.save(own_checkpoint(), "student.pt")
+    run_main(finetune, finetune.Args(total_timesteps=64, resume=True, **args))
+    tuned, _ = finetune.load_checkpoint("tuned.pt", GAME, ACTIONS, "")
+    assert tuned["protocol"] == FIRE and tuned["global_step"] == 64
+
+
+def test_a_distillation_from_before_the_losses_goes_on(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_main(collect, collect_args(tmp_path, teachers["cleanrl_ppo_4"][0], num_samples=200))
+    args = dict(env_id=GAME, buffer_path="buffer.npz", save_path="student.pt", eval_steps=0,
+                capacity="low", device="cpu")
+    run_main(distill, distill.Args(epochs=1, **args))
+    old = torch.load("student.pt", weights_only=True)
+    del old["args"]["loss"], old["protocol"]
+    torch.save(old, "student.pt")
+    run_main(distill, distill.Args(epochs=2, resume=True, **args))
+    assert torch.load("student.pt", weights_only=True)["epoch"] == 2
 
 
 @pytest.mark.parametrize("name, flags, line", [

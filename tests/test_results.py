@@ -1,0 +1,48 @@
+"""The tables in `benchmark/results/` follow from the result files beside them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+RESULTS = ROOT / "benchmark" / "results"
+GAMES = sorted(path.parent.name for path in RESULTS.glob("*/table3"))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Table 3 made anew from a copy of the result files: its text."""
+    folder = tmp_path_factory.mktemp("results")
+    for game in GAMES:
+        shutil.copytree(RESULTS / game / "table3", folder / game / "table3")
+    subprocess.run([sys.executable, ROOT / "benchmark" / "table3.py", *GAMES, "--results", folder],
+                   check=True, capture_output=True)
+    return (folder / "table3.md").read_text()
+
+
+def test_the_same_files_give_the_same_table(table):
+    assert GAMES and table == (RESULTS / "table3.md").read_text()
+
+
+def test_the_teachers_row_equals_its_evaluation(table):
+    found = json.loads((RESULTS / "PongNoFrameskip-v4/table3/teacher/eval.json").read_text())
+    row = next(line for line in table.splitlines() if line.startswith("| Teacher |"))
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    returns = np.array(found["returns"])
+    assert found["steps"] >= 200_000 and found["greedy"] is False
+    assert cells[:4] == [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}",
+                         str(len(returns)), "1"]
+    assert cells[5] == "100.0%" and cells[8] == "21", "the share, and the paper's mean"
+
+
+def test_the_losses_table_equals_its_json():
+    results = json.loads((RESULTS / "losses.json").read_text())
+    text = (RESULTS / "losses.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| Q-network |", "| policy |"))]
+    assert len(rows) == len(results["students"]) == 10
+    for row, student in zip(rows, results["students"]):
+        assert f"{student['evaluation']['mean']:.2f} ± " in row and student["flags"] in row
