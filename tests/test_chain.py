@@ -96,7 +96,7 @@ def test_evaluation_file(chain, script, file, phase):
 def test_checkpoints_hold_what_the_readme_says(chain):
     common = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
               "model", "args", "evaluation", "checkpoint", "run_name", "optimizer", "rng",
-              "wandb_id"}
+              "wandb_id", "protocol"}
     extra = {"ppo_atari_teacher.py": set(),
              "actor_distill.py": {"teacher", "epoch", "validation", "last_epoch", "last_model",
                                 "buffer_sha256"},
