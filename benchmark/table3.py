@@ -96,6 +96,7 @@ def cells(found, teacher, reference, column):
     return [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}", str(len(returns)),
             str(len(found)), f"{low:.2f} to {high:.2f}", share,
             f"{np.mean(kls):.4f}" if kls else "–",
+            "–" if "--eval-only" in found[0]["command"] else
             f"{np.mean([run['seconds'] for run in found]):.0f} s", str(reference[column])]
 
 
