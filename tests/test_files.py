@@ -624,3 +624,15 @@ def test_buffers_of_other_compressions_are_refused(how, tmp_path):
         archive.writestr("meta.npy", bytes(1000))
     with pytest.raises(distill.UsageError, match="another compression"):
         distill.load_buffer(tmp_path / "x.npz", GAME, MEANINGS, "python make.py")
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_checkpoints_are_refused_before_anything_inflates(how, tmp_path):
+    path = saved(tmp_path / "x.pt", checkpoint())
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(content, "w", how) as archive:
+        for member in plain.infolist():
+            archive.writestr(member.filename, plain.read(member))
+    pad = bytes(path.stat().st_size)  # so that the sum of the members' sizes fits in the file
+    with pytest.raises(ValueError, match="CRC"):
+        teacher.load_tensors(pad + content.getvalue())

@@ -324,6 +324,51 @@ def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat):
     np.testing.assert_array_equal(arrays["episode_returns"][known], returns[known])
 
 
+def test_which_changes_of_the_lives_are_a_new_life(monkeypatch):
+    """Not the last one's loss, as a game may go on for a while at 0, and not a new game's count."""
+    (games, _), = collect.make_envs("breakout", 1, False, 0.0, FIRE)
+    games.reset(seed=np.array([1]))
+    obs, steps = np.zeros((1, 4, 84, 84), np.uint8), iter([
+        # lives, frame of the game, whether a new life begins, age of the stack
+        (5, 904, False, 1), (4, 908, True, 2), (4, 912, False, 0), (6, 916, False, 1),
+        (5, 2, False, 0),
+        (1, 6, True, 1), (0, 10, False, 0), (0, 14, False, 1), (5, 2, False, 0)])
+    for lives, frame, new_life, age in steps:
+        info = {"lives": np.array([lives]), "episode_frame_number": np.array([frame])}
+        nothing = np.zeros(1), np.zeros(1, bool), np.zeros(1, bool)
+        monkeypatch.setattr(AtariVectorEnv, "recv", lambda envs: (obs.copy(), *nothing, info))
+        games.recv()
+        assert (games.new_life[0], games.age[0]) == (new_life, age), (lives, frame)
+
+
+def test_what_a_pressed_step_brings_belongs_to_the_step_before():
+    class Script:
+        """One game: a life is lost in steps 2 and 5, and every step n brings the reward n."""
+
+        repeat_first_frame, single_action_space = False, gym.spaces.Discrete(2)
+
+        def reset(self, seed):
+            self.step, self.age, self.new_life = 0, np.zeros(1, int), np.zeros(1, bool)
+            return np.zeros((1, 4, 84, 84), np.uint8), {}
+
+        def send(self, action):
+            self.step += 1
+
+        def recv(self):
+            self.new_life = np.array([self.step in (2, 5)])
+            ended = np.array([self.step == 6])  # in a pressed step
+            return (np.zeros((1, 4, 84, 84), np.uint8), np.array([float(self.step)]), ended,
+                    np.zeros(1, bool), {})
+
+    ends = []
+    arrays, _ = collect.collect(collect.Agent("low", 2), [(Script(), slice(0, 1))], 6, 1, False,
+                                lambda *end: ends.append(end))
+    # steps 3 and 6 are pressed
+    assert arrays["rewards"].tolist() == [1, 2 + 3, 4, 5 + 6, 7, 8]
+    assert arrays["dones"].tolist() == [False, False, False, True, False, False]
+    assert ends == [(4, 21.0, 6)] and arrays["episode_returns"][0] == 21
+
+
 def test_flag_and_game_without_fire(teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, *_ = teachers["cleanrl_ppo_4"]
