@@ -85,8 +85,12 @@ class Args:
     repeat_action_probability: float = 0.0
     """sticky actions: chance that the emulator repeats the last action in a frame, 0 to 1"""
     fire_on_life_loss: Literal["auto", "on", "off"] = "auto"
-    """press FIRE in the step after a lost life and do not record that step; `auto` is on for
-    teachers of CleanRL and Stable-Baselines3, which were trained that way, and their students"""
+    """press FIRE, or NOOP in a game without it, in the step after a lost life, and do not record
+    that step; `auto` is on for teachers of CleanRL and Stable-Baselines3, which were trained that
+    way, and their students"""
+    envpool: bool = False
+    """the teacher is of CleanRL's ppo_atari_envpool.py, whose file looks like ppo_atari.py's: its
+    stack of frames runs on over a lost life"""
 
     # Collection
     num_samples: int = 540_000
@@ -149,30 +153,34 @@ def preprocessing():
 def default_protocol():
     """How this project's own policies are played; students of other teachers follow theirs.
 
-    `fire_on_life_loss` and `repeat_first_frame` are those of `Games`; with `greedy` the network
-    gives Q-values, and an evaluation takes the best action instead of sampling one.
+    With `greedy` the network gives Q-values, and an evaluation takes the best action unless it is
+    told a temperature; the others are those of `Games`.
     """
-    return {"fire_on_life_loss": False, "repeat_first_frame": False, "greedy": False}
+    return {"fire_on_life_loss": False, "repeat_first_frame": False, "restart_stack": True,
+            "greedy": False}
 
 
 class Games(AtariVectorEnv):
     """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
 
-    With `fire_on_life_loss`, in a game that knows FIRE, the step after a lost life presses it,
-    whatever action is sent, and the stack of frames begins anew after that step. A stack that
-    begins is filled up with blank frames or, with `repeat_first_frame`, with its first one.
+    With `fire_on_life_loss` the step after a lost life presses FIRE, or NOOP in a game without it,
+    whatever action is sent, and with `restart_stack` the stack of frames begins anew after that
+    step. A stack that begins is filled up with blank frames or, with `repeat_first_frame`, with its
+    first one.
 
     Attributes:
-        new_life: bool [n], the games that FIRE will be pressed for in the next step.
+        new_life: bool [n], the games that FIRE or NOOP will be pressed for in the next step.
         new_game: bool [n], the games that the last step ended, and that began anew.
         age: int64 [n], steps since each stack began.
     """
 
-    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, **settings):
+    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, restart_stack,
+                 **settings):
         super().__init__(rom, num_envs, **settings)
         actions = [action.name for action in self.ale.get_action_set()]
-        self.fire = actions.index("FIRE") if fire_on_life_loss and "FIRE" in actions else None
-        self.repeat_first_frame = repeat_first_frame
+        self.press = actions.index("FIRE" if "FIRE" in actions else "NOOP")
+        self.presses, self.repeat_first_frame = fire_on_life_loss, repeat_first_frame
+        self.restart_stack = restart_stack
 
     def reset(self, **options):
         """Begin new games: observations and info."""
@@ -183,7 +191,7 @@ class Games(AtariVectorEnv):
 
     def begin_stacks(self, obs):
         """Fill up the stacks that have not four frames of their own yet, in place."""
-        if self.fire is not None or self.repeat_first_frame:
+        if self.presses or self.repeat_first_frame:
             for i in np.flatnonzero(self.age < 3):
                 missing = 3 - self.age[i]
                 obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
@@ -191,15 +199,16 @@ class Games(AtariVectorEnv):
 
     def send(self, actions):
         """Begin a step with actions int64 [n]."""
-        super().send(actions if self.fire is None else np.where(self.new_life, self.fire, actions))
+        super().send(np.where(self.new_life, self.press, actions))
 
     def recv(self):
         """End a step: observations, raw rewards, terminated, truncated and info."""
         obs, reward, terminated, truncated, info = super().recv()
         # only a new game turns back the frames
         self.new_game = info["episode_frame_number"] < self.frame_number
-        self.age = np.where(self.new_game | self.new_life, 0, self.age + 1)
-        if self.fire is not None:
+        begins = self.new_game | (self.new_life & self.restart_stack)
+        self.age = np.where(begins, 0, self.age + 1)
+        if self.presses:
             lost = (0 < info["lives"]) & (info["lives"] < self.lives)
             self.new_life = lost & ~self.new_game
         self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
@@ -228,9 +237,10 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None
     middle = (num_envs + 1) // 2
     parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
     return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
-                   protocol["repeat_first_frame"], autoreset_mode=AutoresetMode.SAME_STEP,
-                   reward_clipping=False, life_loss_info=life_loss,
-                   repeat_action_probability=repeat_action_probability, **preprocessing()), part)
+                   protocol["repeat_first_frame"], protocol["restart_stack"],
+                   autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
+                   life_loss_info=life_loss, repeat_action_probability=repeat_action_probability,
+                   **preprocessing()), part)
             for part in parts]
 
 
@@ -480,7 +490,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
             loss = plain["args"].get("loss", "kl")
             names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
             numbers += [plain["validation"][f"validation/{name}"] for name in names]
-        protocol = plain.get("protocol", default_protocol())
+        protocol = default_protocol() | plain.get("protocol", {})
         counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
         if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
                 or not isinstance(plain["args"], dict)
@@ -650,7 +660,7 @@ def load_foreign(path, env_id, num_actions):
         raise UsageError(f"{path}: {kind} with wrong weights ({error!s:.200})") from None
     names = {widths: name for name, widths in Agent.SIZES.items()}
     protocol = {"fire_on_life_loss": True, "repeat_first_frame": kind.startswith("CleanRL"),
-                "greedy": q_network}
+                "restart_stack": True, "greedy": q_network}
     return {"phase": kind, "capacity": names.get(widths, "-".join(map(str, widths))),
             "global_step": None, "evaluation": None, "protocol": protocol}, agent
 
@@ -764,7 +774,8 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
 
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
     finds frames that look alike next to each other. Frame row i + 1 is the newest frame of sample
-    i, and row 0 is the blank frame from before a game's start.
+    i, and row 0 is the blank frame from before a game's start. Rows after N + 1, if any, hold
+    frames of steps that pressed FIRE, which later stacks show where they run on over a lost life.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits or Q-values, values).
@@ -778,7 +789,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
             instead of the best one.
 
     Returns:
-        Two things. The buffer's arrays by name, without `meta`: frames uint8 [N + 1, 84, 84],
+        Two things. The buffer's arrays by name, without `meta`: frames uint8 [F, 84, 84], F > N,
         stack_index int32 [N, 4], action_probs or q_values float32 [N, A], values float32 [N],
         actions uint8 [N], rewards float32 [N], dones bool [N], env_index and episode_index int32
         [N], and episode_returns float32 [E], NaN for a game that was cut off. And None, or the
@@ -789,8 +800,10 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     num_envs, num_actions = halves[-1][1].stop, int(halves[0][0].single_action_space.n)
     stretch = num_samples // num_envs + (np.arange(num_envs) < num_samples % num_envs)
     first = np.cumsum(stretch) - stretch
-    frames = np.empty((num_samples + 1, 84, 84), np.uint8)
-    frames[0] = 0
+    # no more presses than samples; what is never written takes no memory
+    rows = num_samples * (1 if halves[0][0].restart_stack else 2) + 1
+    frames = np.empty((rows, 84, 84), np.uint8)
+    frames[0] = pressed_frames = 0
     stack_index = np.empty((num_samples, 4), np.int32)
     targets = np.empty((num_samples, num_actions), np.float32)
     values, rewards = np.empty((2, num_samples), np.float32)
@@ -802,10 +815,11 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     filled = np.zeros(num_envs, np.int64)  # samples of each slot whose outcome is known
     decided = np.zeros(num_envs, bool)  # whether the step under way is a sample
     game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-    frames_back = np.array([3, 2, 1, 0])
+    stack = np.zeros((num_envs, 4), np.int32)  # the rows of each slot's last four frames
 
     def decide(envs, part):
         """Begin a step of one half of the games, and record it where it is the agent's own."""
+        nonlocal pressed_frames
         outputs, value = agent(torch.from_numpy(obs[part]).to(device))
         if greedy or epsilon is not None:
             action = outputs.argmax(-1)
@@ -818,11 +832,19 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
         action = action.cpu().numpy()
         envs.send(action)
         mine = (filled[part] < stretch[part]) & ~envs.new_life
-        row, age = (first[part] + filled[part])[mine], envs.age[mine, None]
-        frames[row + 1] = obs[part][mine, 3]
-        newest = row[:, None] + 1
-        stack_index[row] = np.where(frames_back <= age, newest - frames_back,
-                                    newest - age if envs.repeat_first_frame else 0)
+        row = (first[part] + filled[part])[mine]
+        newest = np.zeros(len(mine), np.int32)
+        newest[mine] = row + 1
+        if not envs.restart_stack:
+            pressed = (filled[part] < stretch[part]) & envs.new_life
+            newest[pressed] = num_samples + 1 + pressed_frames + np.arange(pressed.sum())
+            pressed_frames += int(pressed.sum())
+        frames[newest[newest > 0]] = obs[part][newest > 0, 3]
+        shifted = np.column_stack((stack[part, 1:], newest))
+        filling = newest if envs.repeat_first_frame else 0 * newest
+        begun = np.column_stack((filling, filling, filling, newest))
+        stack[part] = np.where(envs.age[:, None] == 0, begun, shifted)
+        stack_index[row] = stack[part][mine]
         recorded = outputs if epsilon is not None else outputs.softmax(-1)
         targets[row] = recorded.cpu().numpy()[mine]
         values[row] = value.cpu().numpy()[mine]
@@ -865,14 +887,14 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
                "action_probs" if epsilon is None else "q_values": targets,
                "values": values, "actions": actions, "rewards": rewards, "dones": dones}
     if stopped is not None:  # close up the gaps that the slots' unfilled ends leave
-        stretch = filled.copy()
+        stretch, asked_for, num_samples = filled.copy(), num_samples, int(filled.sum())
         for old, new, length in zip(first, np.cumsum(stretch) - stretch, stretch):
             index = stack_index[old:old + length]
-            index[index > 0] -= old - new
+            index -= np.where(index > asked_for, asked_for - num_samples, (index > 0) * (old - new))
             for array in (frames[1:], *samples.values()):
                 array[new:new + length] = array[old:old + length]
-        num_samples, first = int(stretch.sum()), np.cumsum(stretch) - stretch
-        frames = frames[:num_samples + 1]
+        frames[num_samples + 1:][:pressed_frames] = frames[asked_for + 1:][:pressed_frames]
+        first = np.cumsum(stretch) - stretch
         samples = {name: array[:num_samples] for name, array in samples.items()}
 
     # a slot's stretch begins with a new game, and so does the sample after a game's end
@@ -882,7 +904,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     game_start = np.flatnonzero(starts)
     finished = dones[np.append(game_start[1:], num_samples) - 1]
     episode_returns = np.add.reduceat(samples["rewards"], game_start, dtype=np.float64)
-    return {"frames": frames, **samples,
+    return {"frames": frames[:num_samples + 1 + pressed_frames], **samples,
             "env_index": np.repeat(np.arange(num_envs, dtype=np.int32), stretch),
             "episode_index": np.cumsum(starts, dtype=np.int32) - np.int32(1),
             "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)
@@ -937,10 +959,14 @@ def main(args, at_exit):
     elif args.epsilon is not None:
         raise UsageError(f"--epsilon {args.epsilon}: {teacher_path} is a policy without Q-values, "
                          "which explores by itself; leave the flag out")
-    fire = checkpoint["protocol"]["fire_on_life_loss"]
+    protocol = dict(checkpoint["protocol"])
     if args.fire_on_life_loss != "auto":
-        fire = args.fire_on_life_loss == "on"
-    protocol = checkpoint["protocol"] | {"fire_on_life_loss": fire and "FIRE" in action_meanings}
+        protocol["fire_on_life_loss"] = args.fire_on_life_loss == "on"
+    if args.envpool:
+        if checkpoint["phase"] != "CleanRL PPO":
+            raise UsageError(f"--envpool: {teacher_path} is no policy of CleanRL's but "
+                             f"{checkpoint['phase']!r:.60}; leave the flag out")
+        protocol["restart_stack"] = False
     halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
     for envs, _ in halves:
         at_exit.callback(envs.close)
@@ -955,7 +981,8 @@ def main(args, at_exit):
     if isinstance(agent, ForeignTeacher):
         print(f"teacher     {checkpoint['phase']}, {checkpoint['capacity']}"
               + (f", epsilon {args.epsilon:g}" if q_network else "")
-              + (", FIRE pressed after a lost life" if protocol["fire_on_life_loss"] else ""))
+              + (", FIRE or NOOP pressed after a lost life" if protocol["fire_on_life_loss"]
+                 else ""))
 
     # nothing slow comes between recording and writing, where a signal would lose the recording
     versions = {name: importlib.metadata.version(name)

@@ -87,6 +87,9 @@ class Args:
     """budget of the evaluation after training; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
+    eval_temperature: float | None = None
+    """sample from softmax(logits / this) in evaluations; default 1, but networks of Q-values, which
+    `--loss mse` makes, take the best action; 0.01 samples from those as Eq. 2 does"""
     eval_only: str | None = None
     """train nothing: evaluate this checkpoint, of any phase, and leave it as it is"""
 
@@ -182,30 +185,34 @@ def preprocessing():
 def default_protocol():
     """How this project's own policies are played; students of other teachers follow theirs.
 
-    `fire_on_life_loss` and `repeat_first_frame` are those of `Games`; with `greedy` the network
-    gives Q-values, and an evaluation takes the best action instead of sampling one.
+    With `greedy` the network gives Q-values, and an evaluation takes the best action unless it is
+    told a temperature; the others are those of `Games`.
     """
-    return {"fire_on_life_loss": False, "repeat_first_frame": False, "greedy": False}
+    return {"fire_on_life_loss": False, "repeat_first_frame": False, "restart_stack": True,
+            "greedy": False}
 
 
 class Games(AtariVectorEnv):
     """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
 
-    With `fire_on_life_loss`, in a game that knows FIRE, the step after a lost life presses it,
-    whatever action is sent, and the stack of frames begins anew after that step. A stack that
-    begins is filled up with blank frames or, with `repeat_first_frame`, with its first one.
+    With `fire_on_life_loss` the step after a lost life presses FIRE, or NOOP in a game without it,
+    whatever action is sent, and with `restart_stack` the stack of frames begins anew after that
+    step. A stack that begins is filled up with blank frames or, with `repeat_first_frame`, with its
+    first one.
 
     Attributes:
-        new_life: bool [n], the games that FIRE will be pressed for in the next step.
+        new_life: bool [n], the games that FIRE or NOOP will be pressed for in the next step.
         new_game: bool [n], the games that the last step ended, and that began anew.
         age: int64 [n], steps since each stack began.
     """
 
-    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, **settings):
+    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, restart_stack,
+                 **settings):
         super().__init__(rom, num_envs, **settings)
         actions = [action.name for action in self.ale.get_action_set()]
-        self.fire = actions.index("FIRE") if fire_on_life_loss and "FIRE" in actions else None
-        self.repeat_first_frame = repeat_first_frame
+        self.press = actions.index("FIRE" if "FIRE" in actions else "NOOP")
+        self.presses, self.repeat_first_frame = fire_on_life_loss, repeat_first_frame
+        self.restart_stack = restart_stack
 
     def reset(self, **options):
         """Begin new games: observations and info."""
@@ -216,7 +223,7 @@ class Games(AtariVectorEnv):
 
     def begin_stacks(self, obs):
         """Fill up the stacks that have not four frames of their own yet, in place."""
-        if self.fire is not None or self.repeat_first_frame:
+        if self.presses or self.repeat_first_frame:
             for i in np.flatnonzero(self.age < 3):
                 missing = 3 - self.age[i]
                 obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
@@ -224,15 +231,16 @@ class Games(AtariVectorEnv):
 
     def send(self, actions):
         """Begin a step with actions int64 [n]."""
-        super().send(actions if self.fire is None else np.where(self.new_life, self.fire, actions))
+        super().send(np.where(self.new_life, self.press, actions))
 
     def recv(self):
         """End a step: observations, raw rewards, terminated, truncated and info."""
         obs, reward, terminated, truncated, info = super().recv()
         # only a new game turns back the frames
         self.new_game = info["episode_frame_number"] < self.frame_number
-        self.age = np.where(self.new_game | self.new_life, 0, self.age + 1)
-        if self.fire is not None:
+        begins = self.new_game | (self.new_life & self.restart_stack)
+        self.age = np.where(begins, 0, self.age + 1)
+        if self.presses:
             lost = (0 < info["lives"]) & (info["lives"] < self.lives)
             self.new_life = lost & ~self.new_game
         self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
@@ -261,9 +269,10 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None
     middle = (num_envs + 1) // 2
     parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
     return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
-                   protocol["repeat_first_frame"], autoreset_mode=AutoresetMode.SAME_STEP,
-                   reward_clipping=False, life_loss_info=life_loss,
-                   repeat_action_probability=repeat_action_probability, **preprocessing()), part)
+                   protocol["repeat_first_frame"], protocol["restart_stack"],
+                   autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
+                   life_loss_info=life_loss, repeat_action_probability=repeat_action_probability,
+                   **preprocessing()), part)
             for part in parts]
 
 
@@ -499,7 +508,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
             loss = plain["args"].get("loss", "kl")
             names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
             numbers += [plain["validation"][f"validation/{name}"] for name in names]
-        protocol = plain.get("protocol", default_protocol())
+        protocol = default_protocol() | plain.get("protocol", {})
         counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
         if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
                 or not isinstance(plain["args"], dict)
@@ -539,7 +548,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
 
 
 @torch.inference_mode()
-def play(agent, halves, eval_steps, seed, greedy):
+def play(agent, halves, eval_steps, seed, greedy, temperature=1.0):
     """Play whole games, in a way that favours neither short nor long ones.
 
     Game slot e retires at its first game end at or after its own step ceil(eval_steps / N). Every
@@ -552,6 +561,7 @@ def play(agent, halves, eval_steps, seed, greedy):
         eval_steps: budget, summed over the slots; games under way go on to their end.
         seed: of the games and the actions; training's random state is neither read nor changed.
         greedy: take the most probable action instead of sampling.
+        temperature: otherwise, sample from softmax(logits / temperature).
 
     Returns:
         Raw returns [G] and lengths in steps [G]: two lists, in the order in which the games ended.
@@ -561,7 +571,7 @@ def play(agent, halves, eval_steps, seed, greedy):
 
     def decide(envs, obs):
         logits, _ = agent(torch.from_numpy(obs).to(device))
-        action = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+        action = logits.argmax(-1) if greedy else sample_actions(logits / temperature, generator)
         envs.send(action.cpu().numpy())
 
     num_envs = halves[-1][1].stop
@@ -617,7 +627,8 @@ def evaluate(agent, rom, args, identity, path):
     Args:
         agent: the policy.
         rom: ale-py's name of the game.
-        args: eval_steps, eval_greedy, num_envs, seed and repeat_action_probability are read.
+        args: eval_steps, eval_greedy, eval_temperature, num_envs, seed and
+            repeat_action_probability are read.
         identity: env_id, phase, capacity, checkpoint and protocol of the policy; the JSON repeats
             them.
         path: file to write, such as `runs/{run_name}/eval.json`.
@@ -626,12 +637,14 @@ def evaluate(agent, rom, args, identity, path):
         What was written, without the list of every game's return and length.
     """
     protocol = identity["protocol"]
-    greedy = args.eval_greedy or protocol["greedy"]
+    greedy = args.eval_greedy or (protocol["greedy"] and args.eval_temperature is None)
+    temperature = args.eval_temperature or 1.0
     halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
-    returns, lengths = play(agent, halves, args.eval_steps, args.seed, greedy)
+    returns, lengths = play(agent, halves, args.eval_steps, args.seed, greedy, temperature)
     for envs, _ in halves:
         envs.close()
-    result = {**identity, "seed": args.seed, "greedy": greedy, "num_envs": args.num_envs,
+    result = {**identity, "seed": args.seed, "greedy": greedy, "temperature": temperature,
+              "num_envs": args.num_envs,
               "repeat_action_probability": args.repeat_action_probability,
               "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
     with atomic_write(path) as file:
@@ -861,7 +874,7 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
                          "--save-path")
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
             "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
-            "wandb_entity", "eval_steps", "eval_greedy", "eval_only", *free}
+            "wandb_entity", "eval_steps", "eval_greedy", "eval_temperature", "eval_only", *free}
     defaults = vars(type(args)())  # for flags that were added since
     for name, value in vars(args).items():
         if name not in free and (before := saved["args"].get(name, defaults[name])) != value:
@@ -913,11 +926,15 @@ def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
     check_flags(
         args, seed=(0, 2**63 - 1), checkpoint_interval=(1, 10**12), num_envs=(1, 1024),
-        eval_steps=(0 if args.eval_only is None else 1, 10**12), repeat_action_probability=(0, 1),
+        eval_steps=(0 if args.eval_only is None else 1, 10**12), eval_temperature=(1e-6, 1e4),
+        repeat_action_probability=(0, 1),
         learning_rate=(1e-12, 1e3), num_steps=(1, 10**6), gamma=(0, 1), gae_lambda=(0, 1),
         update_epochs=(1, 1000), num_minibatches=(1, args.num_envs * args.num_steps),
         total_timesteps=(args.num_envs * args.num_steps, 10**12), clip_coef=(1e-12, 1e6),
         ent_coef=(0, 1e6), vf_coef=(0, 1e6), max_grad_norm=(1e-12, 1e12), target_kl=(1e-12, 1e6))
+    if args.eval_greedy and args.eval_temperature is not None:
+        raise UsageError(f"--eval-temperature {args.eval_temperature}: --eval-greedy leaves no "
+                         "chance; drop one")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide {batch_size}")

@@ -16,7 +16,7 @@ class Recorder:
     def __init__(self, envs):
         self.envs, self.log = envs, []
         self.num_envs, self.single_action_space = envs.num_envs, envs.single_action_space
-        self.repeat_first_frame = envs.repeat_first_frame
+        self.repeat_first_frame, self.restart_stack = envs.repeat_first_frame, envs.restart_stack
 
     @property
     def age(self):

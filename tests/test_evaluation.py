@@ -94,3 +94,24 @@ def test_interval_agrees_with_the_normal_approximation():
     half_width = 1.96 * summary["std"] / 400**0.5
     expected = [returns.mean() - half_width, returns.mean() + half_width]
     assert summary["ci95"] == pytest.approx(expected, abs=0.15 * half_width)
+
+
+def test_temperature_divides_the_logits():
+    """Actions against an independent count: softmax([2, 1, 0] / 0.5), and the best one near 0."""
+    sent = []
+
+    class Games(ScriptedGames):
+        def send(self, action):
+            sent.extend(action)
+
+    class Policy(torch.nn.Linear):
+        def forward(self, obs):
+            return torch.tensor([2.0, 1.0, 0.0]).expand(len(obs), 3), torch.zeros(len(obs))
+
+    for temperature, expected in ((0.5, np.exp([4, 2, 0]) / np.exp([4, 2, 0]).sum()),
+                                  (1.0, np.exp([2, 1, 0]) / np.exp([2, 1, 0]).sum()),
+                                  (1e-6, [1, 0, 0])):
+        sent.clear()
+        halves = [(Games([[500]] * 8, slice(0, 8)), slice(0, 8))]
+        teacher.play(Policy(1, 1), halves, 4000, 1, False, temperature)
+        np.testing.assert_allclose(np.bincount(sent, minlength=3) / len(sent), expected, atol=0.03)

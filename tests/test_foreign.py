@@ -27,6 +27,8 @@ from q_teacher import VectorGames  # noqa: E402
 
 GAME, ACTIONS = "BreakoutNoFrameskip-v4", 4
 WIDE, NARROW = (32, 64, 64, 512), (4, 6, 8, 24)
+FIRE = {"fire_on_life_loss": True, "repeat_first_frame": True, "restart_stack": True,
+        "greedy": False}
 
 
 class CleanRL(nn.Module):
@@ -200,32 +202,39 @@ def test_every_kind_goes_through_collection_distillation_and_evaluation(
         assert again["protocol"]["fire_on_life_loss"] is True
 
 
-def test_a_stack_begins_as_in_the_sources_wrappers():
-    """Against the bare emulator, SB3's stacking and CleanRL's deque, with FIRE pressed by hand."""
-    bare = AtariVectorEnv("breakout", 3, autoreset_mode=AutoresetMode.SAME_STEP,
+@pytest.mark.parametrize("game, press, steps", [("breakout", 1, 400), ("ms_pacman", 0, 900)])
+def test_a_stack_begins_as_in_the_sources_wrappers(game, press, steps):
+    """Against the bare emulator, SB3's stacking, CleanRL's deque and envpool's, which runs on.
+
+    FIRE, or NOOP in a game without it, is pressed by hand.
+    """
+    bare = AtariVectorEnv(game, 3, autoreset_mode=AutoresetMode.SAME_STEP,
                           reward_clipping=False, **collect.preprocessing())
-    protocols = [collect.default_protocol() | {"fire_on_life_loss": True, "repeat_first_frame": x}
-                 for x in (False, True)]
-    blank, repeated = (collect.make_envs("breakout", 6, False, 0.0, protocol)[0][0]
-                       for protocol in protocols)
+    num_actions = int(bare.single_action_space.n)
+    all_envs = blank, repeated, running = [
+        collect.make_envs(game, 6, False, 0.0, FIRE | {
+            "repeat_first_frame": repeat, "restart_stack": restart})[0][0]
+        for repeat, restart in ((False, True), (True, True), (True, False))]
     seeds = collect.game_seeds(3, 1)
     frame, info = bare.reset(seed=seeds)
     frame = frame[:, 3:]
     sb3 = StackedObservations(3, 4, gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), "first")
     expected_blank = sb3.reset(frame)
-    deques = [deque([x[0]] * 4, maxlen=4) for x in frame]
-    found_blank, found_repeated = blank.reset(seed=seeds)[0], repeated.reset(seed=seeds)[0]
+    cleanrl, envpool = ([deque([x[0]] * 4, maxlen=4) for x in frame] for _ in range(2))
+    found = [envs.reset(seed=seeds)[0] for envs in all_envs]
     lives, lost, presses, ends = info["lives"].copy(), np.zeros(3, bool), 0, 0
     rng = np.random.default_rng(0)
-    for _ in range(400):
-        np.testing.assert_array_equal(found_blank, expected_blank)
-        np.testing.assert_array_equal(found_repeated, [np.stack(x) for x in deques])
-        np.testing.assert_array_equal(blank.new_life, lost)
-        action = rng.integers(0, ACTIONS, 3)
-        for envs in (blank, repeated):
+    for _ in range(steps):
+        np.testing.assert_array_equal(found[0], expected_blank)
+        np.testing.assert_array_equal(found[1], [np.stack(x) for x in cleanrl])
+        np.testing.assert_array_equal(found[2], [np.stack(x) for x in envpool])
+        for envs in all_envs:
+            np.testing.assert_array_equal(envs.new_life, lost)
+        action = rng.integers(0, num_actions, 3)
+        for envs in all_envs:
             envs.send(action)
-        bare.send(np.where(lost, 1, action))
-        found_blank, found_repeated = blank.recv()[0], repeated.recv()[0]
+        bare.send(np.where(lost, press, action))
+        found = [envs.recv()[0] for envs in all_envs]
         frame, _, terminated, _, info = bare.recv()
         frame = frame[:, 3:]
         begins = lost | terminated
@@ -233,10 +242,11 @@ def test_a_stack_begins_as_in_the_sources_wrappers():
         expected_blank, _ = sb3.update(
             frame, begins, [{"terminal_observation": x} for x in frame])
         for e in range(3):
-            deques[e].extend([frame[e, 0]] * (4 if begins[e] else 1))
+            cleanrl[e].extend([frame[e, 0]] * (4 if begins[e] else 1))
+            envpool[e].extend([frame[e, 0]] * (4 if terminated[e] else 1))
         lost = (info["lives"] < lives) & ~terminated
         lives = info["lives"].copy()
-    assert presses > 10 and ends > 2
+    assert presses > (10 if press else 4) and ends > (2 if press else 0)
 
 
 def test_without_the_protocol_the_games_are_untouched():
@@ -266,9 +276,6 @@ class Idle(nn.Module):
         return logits, logits[:, 0]
 
 
-FIRE = {"fire_on_life_loss": True, "repeat_first_frame": True, "greedy": False}
-
-
 def test_games_end_only_where_fire_is_pressed():
     ends = {True: [], False: []}
     for fire in (True, False):
@@ -279,10 +286,12 @@ def test_games_end_only_where_fire_is_pressed():
     assert len(distill.play(Idle(), halves, 300, 1, False)[0]) >= 2
 
 
-@pytest.mark.parametrize("game, repeat", [("breakout", True), ("breakout", False),
-                                          ("space_invaders", True)])
-def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat):
-    protocol = FIRE | {"repeat_first_frame": repeat}
+@pytest.mark.parametrize("game, repeat, restart", [
+    ("breakout", True, True), ("breakout", False, True), ("space_invaders", True, True),
+    ("breakout", True, False), ("breakout", False, False), ("ms_pacman", True, False)])
+def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat, restart):
+    """Also where the recording is cut short, after 1,200 of its 2,500 samples."""
+    protocol = FIRE | {"repeat_first_frame": repeat, "restart_stack": restart}
     halves = []
     for envs, part in collect.make_envs(game, 3, False, 0.0, protocol):
         recorder = Recorder(envs)
@@ -295,7 +304,16 @@ def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat):
         recorder.send = send_and_note
         halves.append((recorder, part))
     agent = collect.Agent("low", int(envs.single_action_space.n))
-    arrays, _ = collect.collect(agent, halves, 2500, 1, False, lambda *end: None)
+    recv, cut_short = recorder.recv, not repeat or game == "ms_pacman"
+
+    def receive_or_stop():
+        if cut_short and len(recorder.log) == 400:
+            raise KeyboardInterrupt(2)
+        return recv()
+
+    recorder.recv = receive_or_stop
+    arrays, stopped = collect.collect(agent, halves, 2500, 1, False, lambda *end: None)
+    assert (stopped is not None) == cut_short == (len(arrays["actions"]) < 2500)
     presses = 0
     for envs, part in halves:
         for e in range(part.start, part.stop):
@@ -317,10 +335,12 @@ def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat):
             assert row >= len(rows) - 1
             np.testing.assert_array_equal(arrays["rewards"][rows], rewards)
             np.testing.assert_array_equal(arrays["dones"][rows], dones)
-    assert presses > 5
+    assert presses > (2 if game == "ms_pacman" else 5)
+    # the observation of each pressed step is kept where later stacks show it
+    assert restart == (len(arrays["frames"]) == len(arrays["actions"]) + 1)
     returns = np.bincount(arrays["episode_index"], arrays["rewards"])
     known = ~np.isnan(arrays["episode_returns"])
-    assert known.any()
+    assert known.any() or game == "ms_pacman"
     np.testing.assert_array_equal(arrays["episode_returns"][known], returns[known])
 
 
@@ -345,7 +365,8 @@ def test_what_a_pressed_step_brings_belongs_to_the_step_before():
     class Script:
         """One game: a life is lost in steps 2 and 5, and every step n brings the reward n."""
 
-        repeat_first_frame, single_action_space = False, gym.spaces.Discrete(2)
+        repeat_first_frame, restart_stack = False, True
+        single_action_space = gym.spaces.Discrete(2)
 
         def reset(self, seed):
             self.step, self.age, self.new_life = 0, np.zeros(1, int), np.zeros(1, bool)
@@ -375,8 +396,24 @@ def test_flag_and_game_without_fire(teachers, tmp_path, monkeypatch):
     run_main(collect, collect_args(tmp_path, path, num_samples=40, fire_on_life_loss="off"))
     with np.load("buffer.npz") as buffer:
         assert json.loads(str(buffer["meta"]))["protocol"]["fire_on_life_loss"] is False
-    (envs, _), = collect.make_envs("ms_pacman", 1, False, 0.0, FIRE)
-    assert envs.fire is None
+
+
+def test_envpool_is_a_flag_of_cleanrls_policies(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, *_ = teachers["cleanrl_ppo_4"]
+    run_main(collect, collect_args(tmp_path, path, envpool=True))
+    with np.load("buffer.npz") as buffer:
+        assert json.loads(str(buffer["meta"]))["protocol"] == FIRE | {"restart_stack": False}
+        assert len(buffer["frames"]) > 1501 and buffer["stack_index"].max() > 1500
+    args = dict(env_id=GAME, buffer_path="buffer.npz", capacity="low", epochs=1, eval_steps=20,
+                num_envs=2, device="cpu", save_path="student.pt")
+    run_main(distill, distill.Args(**args))
+    student, _ = distill.load_checkpoint("student.pt", GAME, ACTIONS, "")
+    assert student["protocol"]["restart_stack"] is False
+    for name in ("cleanrl_dqn_4", "sb3_ppo_shared"):
+        with pytest.raises(collect.UsageError, match="--envpool: .*leave the flag out"):
+            run_main(collect, collect_args(tmp_path, teachers[name][0], envpool=True,
+                                           overwrite=True))
 
 
 def test_finetuning_follows_the_protocol_and_learns_nothing_from_pressed_steps(
@@ -553,9 +590,26 @@ def test_greedy_q_networks_and_games_without_fire_say_so(tmp_path, monkeypatch):
     with np.load("buffer.npz") as buffer:
         meta = json.loads(str(buffer["meta"]))
         np.testing.assert_array_equal(buffer["actions"], buffer["q_values"].argmax(1))
-    assert meta["epsilon"] == 0 and meta["protocol"]["fire_on_life_loss"] is False
+    assert meta["epsilon"] == 0 and meta["protocol"]["fire_on_life_loss"] is True
     with pytest.raises(collect.UsageError, match="--epsilon 0.5"):
         run_main(collect, collect_args(tmp_path, "dqn", epsilon=0.5, overwrite=True, **changes))
+
+
+def test_students_of_q_values_are_sampled_where_a_temperature_is_given(
+        teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_main(collect, collect_args(tmp_path, teachers["cleanrl_dqn_4"][0], num_samples=300))
+    args = dict(env_id=GAME, num_envs=2, device="cpu", eval_steps=20)
+    run_main(distill, distill.Args(buffer_path="buffer.npz", loss="mse", epochs=1, capacity="low",
+                                   save_path="student.pt", exp_name="best", **args))
+    run_main(distill, distill.Args(eval_only="student.pt", eval_temperature=0.01,
+                                   exp_name="sampled", **args))
+    (best,), (sampled,) = ([json.loads(file.read_text()) for file in tmp_path.glob(
+        f"runs/*__{name}__*/eval.json")] for name in ("best", "sampled"))
+    assert (best["greedy"], sampled["greedy"], sampled["temperature"]) == (True, False, 0.01)
+    with pytest.raises(distill.UsageError, match="--eval-temperature 0.5: --eval-greedy"):
+        run_main(distill, distill.Args(eval_only="student.pt", eval_temperature=0.5,
+                                       eval_greedy=True, **args))
 
 
 def test_share_is_not_comparable_between_protocols():
@@ -619,7 +673,7 @@ def test_losses_that_do_not_fit_the_buffer(teachers, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [
-    {"targets": "logits"}, {"protocol": {"greedy": True}}, {"protocol": 3},
+    {"targets": "logits"}, {"protocol": {"silent": True}}, {"protocol": 3},
     {"protocol": FIRE | {"greedy": "yes"}}])
 def test_a_buffers_meta_is_checked(change, teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
