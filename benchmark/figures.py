@@ -4,8 +4,9 @@
 
 Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/` and, where
 the teacher was trained on from there, `finetuned_high/`, its run folders, and
-`distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`, and
-`table3/direct_{capacity}_{seed}/`, those of `benchmark/table3.sh`.
+`distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`, `table3/`, those of
+`benchmark/table3.sh`, and `batches/`, those of `benchmark/batches.sh`. Pictures whose runs are not
+there are left out.
 """
 
 import json
@@ -99,6 +100,52 @@ def capacities_figure(folder, teacher_parts, path):
     figure.savefig(path, dpi=120)
 
 
+def critics_figure(folder, path):
+    """Returns while a distilled medium student is fine-tuned from three kinds of critic."""
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, label, color in (
+            ("tuned_medium", "untrained critic, as in the paper", "C4"),
+            ("tuned_warmup_medium", "--critic-warmup-updates 10", "C1"),
+            ("tuned_value_medium", "distilled with --value-coef 0.5", "C2")):
+        for i, run in enumerate(sorted(folder.glob(f"{name}_[0-9]*"))):
+            axes.plot(*moving_mean(*scalar(run, "charts/episodic_return"), window=50), color=color,
+                      label=None if i else label)
+    if axes.lines:
+        axes.set(xlabel="environment steps of fine-tuning", title="Does the untrained critic hurt?",
+                 ylabel="mean return of the last 50 games")
+        axes.legend(fontsize=8)
+        figure.savefig(path, dpi=120)
+
+
+def batches_figure(folder, path):
+    """Return, approx_kl, clipfrac and wall time by the two readings of "batch sizes of 32"."""
+    runs = {32: "32 minibatches of 1,024", 1024: "1,024 minibatches of 32"}
+    if not list(folder.glob("batches_*")):
+        return
+    figure, rows = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    panels = rows.flatten()
+    for (minibatches, label), color in zip(runs.items(), ("C0", "C3")):
+        for i, run in enumerate(sorted(folder.glob(f"batches_{minibatches}_*"))):
+            events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+            panels[0].plot(*moving_mean(*scalar(run, "charts/episodic_return"), window=50),
+                           color=color, label=None if i else label)
+            for axes, tag in zip(panels[1:], ("losses/approx_kl", "losses/clipfrac")):
+                axes.plot(*scalar(run, tag), "o-", color=color)
+            ends = events.Scalars("losses/approx_kl")
+            begin = events.FirstEventTimestamp()
+            panels[3].plot([x.step for x in ends], [(x.wall_time - begin) / 60 for x in ends], "o-",
+                           color=color)
+    panels[0].legend(fontsize=8)
+    panels[1].set_yscale("log")
+    for axes, label in zip(panels, ("mean return of the last 50 games", "approx_kl", "clipfrac",
+                                    "wall time, minutes")):
+        axes.set_ylabel(label)
+    for axes in panels[2:]:
+        axes.set_xlabel("environment steps")
+    figure.suptitle('"Batch sizes of 32": 16 games, 2,048 steps, 10 epochs', fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
 def epochs_figure(folder, teacher, path):
     """Held-out KL and score over the epochs of distillation: the shape of the paper's Fig. 3."""
     if not list(folder.glob("distill_*")):
@@ -132,4 +179,6 @@ if __name__ == "__main__":
     parts = [(results / name, steps) for name, steps in zip(args.parts, args.steps)]
     teacher = learning_curve(parts, figures / f"{args.env_id}_teacher.png")
     capacities_figure(results / "table3", parts, figures / f"{args.env_id}_capacities.png")
+    critics_figure(results / "table3", figures / f"{args.env_id}_critics.png")
+    batches_figure(results / "batches", figures / f"{args.env_id}_batches.png")
     epochs_figure(results, teacher, figures / f"{args.env_id}_epochs.png")
