@@ -56,6 +56,17 @@ def runs(folder, name):
     return found
 
 
+def wall_time(run):
+    """Seconds of a run and of all that it goes on from, evaluations included; None if unknown."""
+    if "--eval-only" in run["command"]:
+        return None
+    total, folder = run["seconds"], run["folder"].parent
+    while after := run.get("after"):
+        run = json.loads((folder / after / "run.json").read_text())
+        total += run["seconds"]
+    return total
+
+
 def held_out_kl(run):
     """The last `validation/kl` that a run's TensorBoard events hold, or None."""
     events = EventAccumulator(str(run["folder"]), size_guidance={"scalars": 0}).Reload()
@@ -96,8 +107,8 @@ def cells(found, teacher, reference, column):
     return [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}", str(len(returns)),
             str(len(found)), f"{low:.2f} to {high:.2f}", share,
             f"{np.mean(kls):.4f}" if kls else "–",
-            "–" if "--eval-only" in found[0]["command"] else
-            f"{np.mean([run['seconds'] for run in found]):.0f} s", str(reference[column])]
+            "–" if None in map(wall_time, found) else
+            f"{np.mean([wall_time(run) for run in found]):,.0f} s", str(reference[column])]
 
 
 def geometric_mean(values):

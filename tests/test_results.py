@@ -28,6 +28,20 @@ def test_the_same_files_give_the_same_table(table):
     assert GAMES and table == (RESULTS / "table3.md").read_text()
 
 
+def test_the_readme_shows_the_same_table(table):
+    shown = (ROOT / "README.md").read_text().split("<!-- benchmark/results/table3.md -->")[1]
+    assert shown.split("<!-- end -->")[0].strip() == table.split("\n\n", 1)[1].strip()
+
+
+def test_wall_time_includes_what_a_run_goes_on_from(table):
+    folder = RESULTS / "PongNoFrameskip-v4" / "table3"
+    seconds = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/run.json")}
+    student, tuned = seconds["ad10_medium_1"], seconds["tuned_medium_1"]
+    assert tuned["after"] == "ad10_medium_1"
+    row = next(line for line in table.splitlines() if line.startswith("| Medium AD tuned |"))
+    assert f"| {student['seconds'] + tuned['seconds']:,.0f} s |" in row
+
+
 def test_the_teachers_row_equals_its_evaluation(table):
     found = json.loads((RESULTS / "PongNoFrameskip-v4/table3/teacher/eval.json").read_text())
     row = next(line for line in table.splitlines() if line.startswith("| Teacher |"))
