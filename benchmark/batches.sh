@@ -13,8 +13,16 @@ for minibatches in 32 1024; do
     results=benchmark/results/$game/batches/$name
     [ ! -e "$results" ] || continue
     python ppo_atari_teacher.py --env-id "$game" --total-timesteps "$steps" --no-anneal-lr \
-        --num-minibatches $minibatches --seed "$seed" --exp-name "$name" --eval-steps 0 --resume \
-        --checkpoint-interval 32_768 --save-path "checkpoints/$game/$name.pt"
+        --num-minibatches $minibatches --seed "$seed" --exp-name "$name" --eval-steps 0 --overwrite \
+        --save-path "checkpoints/$game/$name.pt" &
+    # processor time, which neighbours on the same machine lengthen less than wall time
+    samples=$(mktemp)
+    while kill -0 $! 2> /dev/null; do
+        echo "$(date +%s) $(ps -o cputimes= -p $! || true)" >> "$samples"
+        sleep 10
+    done
+    wait $!
     mkdir -p "$results"
     cp "$(ls -d runs/"${game}__${name}__"* | tail -n 1)"/* "$results/"
+    mv "$samples" "$results/processor_seconds.txt"
 done

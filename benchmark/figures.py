@@ -118,7 +118,7 @@ def critics_figure(folder, path):
 
 
 def batches_figure(folder, path):
-    """Return, approx_kl, clipfrac and wall time by the two readings of "batch sizes of 32"."""
+    """Return, approx_kl, clipfrac and processor time by the readings of "batch sizes of 32"."""
     runs = {32: "32 minibatches of 1,024", 1024: "1,024 minibatches of 32"}
     if not list(folder.glob("batches_*")):
         return
@@ -132,13 +132,15 @@ def batches_figure(folder, path):
             for axes, tag in zip(panels[1:], ("losses/approx_kl", "losses/clipfrac")):
                 axes.plot(*scalar(run, tag), "o-", color=color)
             ends = events.Scalars("losses/approx_kl")
-            begin = events.FirstEventTimestamp()
-            panels[3].plot([x.step for x in ends], [(x.wall_time - begin) / 60 for x in ends], "o-",
-                           color=color)
+            # unix time and processor seconds until then
+            at, spent = np.loadtxt(run / "processor_seconds.txt").T
+            at, spent = [events.FirstEventTimestamp(), *at], [0, *spent]
+            panels[3].plot([x.step for x in ends],
+                           np.interp([x.wall_time for x in ends], at, spent) / 60, "o-", color=color)
     panels[0].legend(fontsize=8)
     panels[1].set_yscale("log")
     for axes, label in zip(panels, ("mean return of the last 50 games", "approx_kl", "clipfrac",
-                                    "wall time, minutes")):
+                                    "processor time, minutes")):
         axes.set_ylabel(label)
     for axes in panels[2:]:
         axes.set_xlabel("environment steps")
