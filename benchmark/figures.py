@@ -135,15 +135,16 @@ def batches_figure(folder, path):
             # unix time and processor seconds until then
             at, spent = np.loadtxt(run / "processor_seconds.txt").T
             at, spent = [events.FirstEventTimestamp(), *at], [0, *spent]
-            panels[3].plot([x.step for x in ends],
-                           np.interp([x.wall_time for x in ends], at, spent) / 60, "o-", color=color)
+            minutes = np.interp([x.wall_time for x in ends], at, spent) / 60
+            panels[3].plot([x.step for x in ends], minutes, "o-", color=color)
     panels[0].legend(fontsize=8)
     panels[1].set_yscale("log")
     for axes, label in zip(panels, ("mean return of the last 50 games", "approx_kl", "clipfrac",
                                     "processor time, minutes")):
         axes.set_ylabel(label)
     for axes in panels[2:]:
-        axes.set_xlabel("environment steps")
+        axes.set_xlabel("thousand environment steps")
+        axes.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:.0f}")
     figure.suptitle('"Batch sizes of 32": 16 games, 2,048 steps, 10 epochs', fontsize=10)
     figure.savefig(path, dpi=120)
 
