@@ -56,15 +56,22 @@ def runs(folder, name):
     return found
 
 
-def wall_time(run):
-    """Seconds of a run and of all that it goes on from, evaluations included; None if unknown."""
-    if "--eval-only" in run["command"]:
-        return None
-    total, folder = run["seconds"], run["folder"].parent
-    while after := run.get("after"):
-        run = json.loads((folder / after / "run.json").read_text())
-        total += run["seconds"]
-    return total
+def time_taken(runs, *parts):
+    """Mean seconds of runs, each with all that it goes on from, evaluations included, as a cell.
+
+    Args:
+        runs: as of `runs`.
+        parts: what to add up: "seconds", the wall time, or "user" and "system".
+    """
+    total = 0
+    for run in runs:
+        folder = run["folder"].parent
+        while run:
+            if "--eval-only" in run["command"] or not run.keys() >= set(parts):
+                return "–"
+            total += sum(run[part] for part in parts)
+            run = run.get("after") and json.loads((folder / run["after"] / "run.json").read_text())
+    return f"{total / len(runs):,.0f} s"
 
 
 def held_out_kl(run):
@@ -97,7 +104,7 @@ def interval(games, statistic, resamples=2000):
 def cells(found, teacher, reference, column):
     """One game's cells of one row; several seeds' returns are taken together."""
     if not found:
-        return ["–"] * 8 + [str(reference[column])]
+        return ["–"] * 9 + [str(reference[column])]
     returns = np.concatenate([run["returns"] for run in found])
     low, high = interval([np.array(run["returns"]) for run in found],
                          lambda seeds: np.concatenate(seeds).mean())
@@ -107,8 +114,8 @@ def cells(found, teacher, reference, column):
     return [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}", str(len(returns)),
             str(len(found)), f"{low:.2f} to {high:.2f}", share,
             f"{np.mean(kls):.4f}" if kls else "–",
-            "–" if None in map(wall_time, found) else
-            f"{np.mean([wall_time(run) for run in found]):,.0f} s", str(reference[column])]
+            time_taken(found, "seconds"), time_taken(found, "user", "system"),
+            str(reference[column])]
 
 
 def geometric_mean(values):
@@ -123,8 +130,9 @@ def main(args):
         reference = REFERENCE[game.removesuffix("NoFrameskip-v4")]
         teacher = runs(folder, "teacher")
         lines += [f"### {game}", "",
-                  "| policy | mean ± std | max | games | seeds | 95% interval | way from random to "
-                  "teacher | held-out KL | wall time | paper's mean |", "|" + "---|" * 10]
+                  "| policy | mean ± std | max | games | seeds | 95% interval | way from random "
+                  "to teacher | held-out KL | wall time | processor time | paper's mean |",
+                  "|" + "---|" * 11]
         for row, (name, column) in ROWS.items():
             found = runs(folder, name)
             lines.append(f"| {row} | " + " | ".join(cells(
