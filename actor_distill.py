@@ -348,47 +348,32 @@ def catch_stops():
     It is raised in this file's own code, where it is certain to end the script: some libraries
     swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
     """
-    def leave(number, frame):
-        os._exit(128 + number)
+    first = []  # the first signal's number, and until when it waits for this file's own code
 
-    def stop(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, leave)
-        deadline = time.monotonic() + 2
+    def handle(number, frame):
+        if number != signal.SIGALRM:
+            if first:
+                os._exit(128 + number)
+            first[:] = number, time.monotonic() + 2
+        own = frame and frame.f_code.co_filename == handle.__code__.co_filename
+        if own or time.monotonic() > first[1]:
+            raise KeyboardInterrupt(first[0])
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-        def attempt(_, frame):
-            own = frame is not None and frame.f_code.co_filename == stop.__code__.co_filename
-            if own or time.monotonic() > deadline:
-                raise KeyboardInterrupt(number)
-            signal.setitimer(signal.ITIMER_REAL, 0.005)
-
-        signal.signal(signal.SIGALRM, attempt)
-        attempt(number, frame)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
-class Unbreakable:
-    """A text stream that drops what cannot be written, as when Ctrl-C has ended `tee` first."""
+class Outlet(io.FileIO):
+    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Write and flush, or drop."""
+    def write(self, content):
+        """Write bytes, or drop them, and return how many are done with."""
         with contextlib.suppress(OSError):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self):
-        """Do nothing: `write` has flushed."""
+            return super().write(content)
+        return len(content)
 
 
 @contextlib.contextmanager
@@ -409,8 +394,7 @@ def atomic_write(path):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(path, overwrite, *inputs):
@@ -435,14 +419,10 @@ def check_output(path, overwrite, *inputs):
         if target.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
-                with contextlib.suppress(OSError, OverflowError):
-                    try:
-                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
-                    except ProcessLookupError:
-                        file.unlink()
+            made = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name)
+            if made and file.is_file() and not Path("/proc", made[1]).exists():
+                file.unlink()  # the process of that number is dead
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -501,62 +481,45 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
-        checkpoint = load_tensors(Path(path).read_bytes())
-    except Exception as error:
-        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
-                         f"make it anew with `{made_by}`") from None
-    needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
-              "model", "args", "evaluation"}
-    try:
-        # all but weights, optimiser and random state is plain, to be compared and printed safely
-        plain = {name: value for name, value in checkpoint.items()
+        found = load_tensors(Path(path).read_bytes())
+        # all but the tensors is plain, and counted lazily before it is compared or printed: a
+        # small file can name the same list over and over, a list of such lists, and so on
+        plain = {name: x for name, x in found.items()
                  if name not in ("model", "last_model", "optimizer", "rng")}
-        # lazily, as a small file can name the same list over and over, a list of such lists, ...
-        encoded = itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)
-        teacher = plain.get("teacher") or {"evaluation": None}
-        results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
+        if sum(1 for _ in itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)) == 10**5:
+            raise ValueError("too many values")
+        for name, wanted, fix in (("format_version", 1, "update the script"),
+                                  ("env_id", env_id, "pass that --env-id"),
+                                  ("capacity", capacity, "pass that --capacity")):
+            if wanted not in (None, found[name]):
+                raise UsageError(f"{path}: its {name} is {found[name]!r:.60}, not {wanted}; {fix}")
+        found["protocol"] = default_protocol() | found.get("protocol", {})
+        results = (found["evaluation"], found.get("evaluation_before"),
+                   found["teacher"]["evaluation"] if found.get("teacher") else None)
         numbers = [result["mean"] for result in results if result is not None]
-        if "validation" in plain:
-            loss = plain["args"].get("loss", "kl")
-            names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
-            numbers += [plain["validation"][f"validation/{name}"] for name in names]
-        protocol = default_protocol() | plain.get("protocol", {})
-        counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
-        if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
-                or not isinstance(plain["args"], dict)
-                or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-                or not all(type(x) is int and x >= 0 for x in counts)
-                or {name: bool(x) for name, x in protocol.items()} != protocol
-                or protocol.keys() != default_protocol().keys()
-                or not all(result is None or "greedy" in result for result in results)):
-            raise ValueError
-    except Exception:
-        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`"
-                         ) from None
-    if checkpoint["format_version"] != 1:
-        raise UsageError(f"{path}: this script reads format version 1; update the script")
-    if checkpoint["env_id"] != env_id:
-        raise UsageError(f"{path}: belongs to {checkpoint['env_id']!r:.60}, not to {env_id}; "
-                         f"pass --env-id {checkpoint['env_id']!r:.60}")
-    if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']!r:.60} network, not {capacity}; "
-                         "pass the --capacity that it holds")
-    try:
-        weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
-        if {x.dtype for x in weights} != {torch.float32}:
-            raise ValueError("load_state_dict would convert them in silence")
-        # a tensor may repeat one number over and over, and a network may be of any size
-        size = 4 * sum(x.numel() for x in checkpoint["model"].values())
-        if checkpoint["capacity"] not in Agent.SIZES or size > os.path.getsize(path):
-            raise ValueError("larger than its file")
-        agent = Agent(checkpoint["capacity"], num_actions)
-        agent.load_state_dict(checkpoint["model"])
-    except Exception:
-        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']!r:.60} network "
-                         f"with {num_actions} actions; make it anew with `{made_by}`") from None
-    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
-        raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
-    return checkpoint | {"protocol": protocol}, agent
+        numbers += found.get("validation", {}).values()
+        counts = (found["global_step"], found.get("epoch", 0), found.get("last_epoch", 0))
+        fits = {
+            "phase": isinstance(found["phase"], str), "args": isinstance(found["args"], dict),
+            "protocol": dict.fromkeys(default_protocol(), bool)
+                == {name: type(x) for name, x in found["protocol"].items()},
+            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers),
+            "step": all(type(x) is int and x >= 0 for x in counts),
+            # a tensor may repeat one number over and over
+            "size": 4 * sum(x.numel() for x in found["model"].values()) < os.path.getsize(path)}
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise ValueError(f"wrong {', '.join(wrong)}")
+        agent = Agent(Agent.SIZES[found["capacity"]], num_actions)
+        for weights in (found.get("last_model", found["model"]), found["model"]):
+            agent.load_state_dict(weights)
+            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in weights.values()):
+                raise ValueError("weights that are not finite or not float32")
+    except UsageError:
+        raise
+    except Exception as error:  # a foreign file can make the parsers raise anything
+        raise UsageError(f"{path}: damaged, or its parts do not fit a checkpoint of this project "
+                         f"({error!r:.160}); make it anew with `{made_by}`") from None
+    return found, agent
 
 
 @torch.inference_mode()
@@ -685,13 +648,13 @@ class Logger:
     """
 
     def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
-        self.folder, self.tensorboard, self.warned = f"runs/{run_name}", None, []
-        self.wandb = self.wandb_id = None
+        self.folder, self.warned = f"runs/{run_name}", set()
+        self.tensorboard = self.wandb = self.wandb_id = None
         with self.tolerate("tensorboard"):
             self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-            table = f"|flag|value|\n|-|-|\n{rows}"
-            self.tensorboard.add_text("hyperparameters", table, global_step)
+            self.tensorboard.add_text(
+                "hyperparameters", f"|flag|value|\n|-|-|\n{rows}", global_step)
         with self.tolerate("wandb"):
             if args.track:
                 import wandb
@@ -712,8 +675,8 @@ class Logger:
         except Exception as error:
             setattr(self, part, None)
             if part not in self.warned:
-                self.warned.append(part)
                 print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
+            self.warned.add(part)
 
     def log(self, metrics, global_step):
         """Record a dict of numbers by name, at a step that never goes back."""
@@ -729,10 +692,7 @@ class Logger:
                 self.wandb.log({**metrics, "global_step": global_step})
 
     def close(self):
-        """End the log, and with it the W&B run."""
-        with self.tolerate("tensorboard"):
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+        """End the W&B run; TensorBoard's file is whole after every `log`."""
         with self.tolerate("wandb"):
             if self.wandb is not None:
                 self.wandb.finish()
@@ -773,33 +733,27 @@ def set_up_torch(args):
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def npy_header(archive, name):
-    """Read what a member of a zip archive claims to be, before anything is allocated for it.
+def read_array(archive, name, dtype, wanted):
+    """Read an array out of an open ZipFile, once its header and its size agree on what it is.
 
     Args:
-        archive: an open ZipFile.
-        name: of an array, without `.npy`.
-
-    Returns:
-        The array's dtype and shape.
+        archive, name: the file, and the member without `.npy`.
+        dtype: NumPy's type that the array must be of.
+        wanted: shape that it must have, whatever the length of its first axis.
 
     Raises:
-        ValueError: if the claim does not agree with the member's size, or needs pickle.
+        ValueError: if it is anything else; nothing is allocated for it then.
     """
     with archive.open(f"{name}.npy") as member:
         if np.lib.format.read_magic(member) != (1, 0):  # others may have headers of gigabytes
             raise ValueError(f"array {name} is of another version than collect_buffer.py writes")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        size = member.tell() + math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or min(shape, default=0) < 0 or size != archive.getinfo(
-                member.name).file_size:
-            raise ValueError(f"array {name} claims to be {dtype} {shape}, which it is not")
-    return dtype, shape
-
-
-def read_npy(archive, name):
-    """Read an array out of an open ZipFile, whose CRC is checked; pickles are refused."""
-    with archive.open(f"{name}.npy") as member:
+        shape, _, found = np.lib.format.read_array_header_1_0(member)
+        size = archive.getinfo(member.name).file_size - member.tell()
+        if (found.type is not dtype or not found.isnative or len(shape) != len(wanted)
+                or shape[1:] != wanted[1:] or size != math.prod(shape) * found.itemsize
+                or min(shape, default=0) < 0):
+            raise ValueError(f"array {name} is {found} {shape} in {size} bytes")
+        member.seek(0)
         return np.lib.format.read_array(member, allow_pickle=False)
 
 
@@ -821,68 +775,52 @@ def load_buffer(path, env_id, action_meanings, made_by):
     """
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    dtypes = {"frames": np.uint8, "stack_index": np.int32, "values": np.float32,
-              "episode_index": np.int32}
     wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
               "preprocessing": preprocessing()}
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                   for member in archive.infolist()):  # those inflate without a limit
-                raise ValueError("of another compression")
-            shape, dtype = npy_header(archive, "meta")[::-1]
-            if shape != () or dtype.itemsize > 2**20:
-                raise ValueError("array meta is no text")
-            meta = json.loads(str(read_npy(archive, "meta")))
-            targets = meta.setdefault("targets", "action_probs")
-            protocol = meta["protocol"] = default_protocol() | meta.get("protocol", {})
-            if (targets not in ("action_probs", "q_values")
-                    or {name: bool(x) for name, x in protocol.items()} != protocol
-                    or protocol.keys() != default_protocol().keys()):
-                raise ValueError("meta holds no protocol, or targets of another kind")
-            dtypes[targets] = np.float32
-            declared = {name: npy_header(archive, name) for name in dtypes}
-            if (taught := meta["teacher"]["evaluation"]) is not None:
-                if not math.isfinite(taught["mean"]) or "greedy" not in taught:
-                    raise ValueError("meta holds no evaluation of the teacher")
-            for name in wanted:
-                if meta[name] != wanted[name]:
-                    raise UsageError(
-                        f"{path}: its {name} is {meta[name]!r:.300}, not {wanted[name]}; pass "
-                        f"another --env-id or --buffer-path, or make it with `{made_by}`")
-            frames, samples = declared["frames"][1][:1], declared["stack_index"][1][:1]
-            shapes = {"frames": (*frames, 84, 84), "stack_index": (*samples, 4),
-                      targets: (*samples, len(action_meanings)), "values": samples,
-                      "episode_index": samples}
-            for name, dtype in dtypes.items():
-                if declared[name] != (dtype, shapes[name]):
-                    raise UsageError(
-                        f"{path}: array {name} is {declared[name][0]} {declared[name][1]}, not "
-                        f"{np.dtype(dtype)} {shapes[name]}; make it with `{made_by}`")
-            if samples[0] < 2:
-                raise UsageError(f"{path}: has too few samples; make it with `{made_by}`")
-            needed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in declared.values())
+            members = archive.infolist()
+            if ({x.compress_type for x in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+                    or archive.getinfo("meta.npy").file_size > 2**20):
+                raise ValueError("of another compression, which has no limit, or a long meta")
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if needed > memory:
-                raise UsageError(f"{path}: takes {needed / 1e9:,.1f} GB of memory, of which this "
-                                 f"machine has {memory / 1e9:,.1f}; record fewer --num-samples")
-            buffer = {name: read_npy(archive, name) for name in dtypes}
+            if (size := sum(member.file_size for member in members)) > memory:
+                raise UsageError(f"{path}: {size / 1e9:,.1f} GB are more than this machine's "
+                                 "memory; record fewer --num-samples")
+            meta = {"targets": "action_probs", "protocol": {}} | json.loads(
+                str(read_array(archive, "meta", np.str_, ())))
+            meta["protocol"] = default_protocol() | meta["protocol"]
+            for name, value in wanted.items():
+                if meta[name] != value:
+                    raise UsageError(f"{path}: its {name} is {meta[name]!r:.300}, not {value}; "
+                                     f"name another file or game, or make it with `{made_by}`")
+            targets, taught = meta["targets"], meta["teacher"]["evaluation"]
+            if (targets not in ("action_probs", "q_values")
+                    or dict.fromkeys(default_protocol(), bool)
+                    != {name: type(x) for name, x in meta["protocol"].items()}
+                    or not (taught is None or math.isfinite(taught["mean"]))):
+                raise ValueError("wrong targets, protocol or teacher in meta")
+            arrays = {"frames": (np.uint8, (-1, 84, 84)), "stack_index": (np.int32, (-1, 4)),
+                      targets: (np.float32, (-1, len(action_meanings))),
+                      "values": (np.float32, (-1,)), "episode_index": (np.int32, (-1,))}
+            buffer = {name: read_array(archive, name, *kind) for name, kind in arrays.items()}
+        index, outputs = buffer["stack_index"], buffer[targets]
+        with np.errstate(all="ignore"):
+            good = {"stack_index": ((index >= 0) & (index < len(buffer["frames"]))).all(1),
+                    targets: (np.isfinite(outputs).all(1) if targets == "q_values" else
+                              (outputs >= 0).all(1) & (abs(outputs.sum(1) - 1) < 1e-3)),
+                    "values": np.isfinite(buffer["values"]),
+                    "episode_index": np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
+        for name, rows in good.items():
+            if len(rows) != max(len(index), 2):
+                raise ValueError(f"array {name} has {len(rows)} rows, too many or too few samples")
+            if not rows.all():
+                raise ValueError(f"array {name} is invalid, first in row {rows.argmin()}")
     except UsageError:
         raise
     except Exception as error:  # a foreign file can make the parsers raise anything
-        raise UsageError(f"{path}: damaged, or no buffer of this project ({error!r:.100}); make it "
+        raise UsageError(f"{path}: damaged, or no buffer of this project ({error!r:.160}); make it "
                          f"anew with `{made_by}`") from None
-    index, found = buffer["stack_index"], buffer[targets]
-    with np.errstate(all="ignore"):
-        wrong_probs = ~((found >= 0).all(1) & (abs(found.sum(1) - 1) < 1e-3))
-    bad = {"stack_index": ((index < 0) | (index >= len(buffer["frames"]))).any(1),
-           targets: ~np.isfinite(found).all(1) if targets == "q_values" else wrong_probs,
-           "values": ~np.isfinite(buffer["values"]),
-           "episode_index": ~np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
-    for name, rows in bad.items():
-        if rows.any():
-            raise UsageError(f"{path}: array {name} is invalid, first in row {rows.argmax()}; "
-                             f"make it anew with `{made_by}`")
     return buffer | {"meta": meta}
 
 
@@ -1034,47 +972,40 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
     Raises:
         UsageError: if the checkpoint or a flag does not fit.
     """
-    needed = {"optimizer", "rng", "run_name"}
-    if phase == "distilled":
-        needed |= {"epoch", "validation", "last_epoch", "last_model"}
-    if (saved["phase"] != phase or not needed <= saved.keys()
-            or not re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", str(saved["run_name"]))):
-        raise UsageError(f"{path}: holds no {phase} training to go on with; name another "
-                         "--save-path")
+    if saved["phase"] != phase:
+        raise UsageError(f"{path}: holds no {phase} training; name another --save-path")
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
             "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
             "wandb_entity", "eval_steps", "eval_greedy", "eval_temperature", "eval_only", *free}
-    defaults = vars(type(args)())  # for flags that were added since
     for name, value in vars(args).items():
-        if name not in free and (before := saved["args"].get(name, defaults[name])) != value:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
-                             "with that, or train to another --save-path")
+        before = saved["args"].get(name, getattr(type(args), name))  # a new flag had its default
+        if name not in free and before != value:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
+                             f"{before!r:.60}; resume with that, or name another --save-path")
+    lowest = {"momentum_buffer": -math.inf}
+    if isinstance(optimizer, torch.optim.Adam):
+        lowest = {"step": 1, "exp_avg": -math.inf, "exp_avg_sq": 0}
     try:
+        needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
+        if not (needed <= saved.keys() and saved["optimizer"]["state"]
+                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])):
+            raise ValueError("no training to go on with")
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
         parameters = list(agent.parameters())
-        adam = isinstance(optimizer, torch.optim.Adam)
-        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
-        for i, moments in saved["optimizer"]["state"].items():
-            kept = {}
-            for name in names:
-                like = parameters[i].sum() if name == "step" else parameters[i]
-                if (moments[name].shape, moments[name].dtype) != (like.shape, torch.float32):
-                    raise ValueError(f"{name} {i} is of another shape or type")
-                kept[name] = torch.empty_like(like).copy_(moments[name].detach())
-            if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
-                    and (not adam or kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all())):
-                raise ValueError(f"moments {i} are not finite or negative")
-            optimizer.state[parameters[i]] = kept
-        if not optimizer.state:
-            raise ValueError("no moments")
+        for (i, moments), name in itertools.product(saved["optimizer"]["state"].items(), lowest):
+            moment = moments[name].detach()
+            like = parameters[i].sum() if name == "step" else parameters[i]
+            if ((moment.shape, moment.dtype) != (like.shape, torch.float32)
+                    or not (moment.isfinite() & (moment >= lowest[name])).all()):
+                raise ValueError(f"{name} of weight {i}")
+            optimizer.state[parameters[i]][name] = torch.empty_like(like).copy_(moment)
         torch.set_rng_state(saved["rng"]["torch"])
         if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
     except Exception as error:
-        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); train to "
-                         "another --save-path") from None
+        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); name another "
+                         "--save-path") from None
 
 
 def training_state(agent, optimizer):
@@ -1082,13 +1013,6 @@ def training_state(agent, optimizer):
     cuda = torch.cuda.get_rng_state() if agent.critic.weight.is_cuda else None
     return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                           "rng": {"torch": torch.get_rng_state(), "cuda": cuda}})
-
-
-def tell_how_to_go_on(path, progress):
-    """Print, after a signal, what `path` holds and the command that goes on from there."""
-    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-    print(f"\nstopped     {path} holds {progress}; to go on:\n"
-          f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
 
 
 def share_of_teacher(result, teacher):
@@ -1111,7 +1035,7 @@ def share_of_teacher(result, teacher):
     result, taught = own | result, own | taught
     for evaluation in (result, taught):
         evaluation["protocol"] = default_protocol() | evaluation["protocol"]
-    if any(result[rule] != taught.get(rule) for rule in rules):
+    if any(result.get(rule) != taught.get(rule) for rule in rules):
         text += f" (not comparable: {' or '.join(rules)} differs between the two evaluations)"
     return text
 
@@ -1130,12 +1054,12 @@ def main(args, at_exit):
     device = set_up_torch(args)
     (envs, _), = make_envs(rom, 1, False, args.repeat_action_probability)
     action_meanings = [action.name for action in envs.ale.get_action_set()]
+    num_actions, made_by = len(action_meanings), f"python actor_distill.py --env-id {env_id}"
     envs.close()
 
     if args.eval_only is not None:
-        checkpoint, agent = load_checkpoint(args.eval_only, env_id, len(action_meanings),
-                                            f"python actor_distill.py --env-id {env_id}",
-                                            args.capacity)
+        checkpoint, agent = load_checkpoint(
+            args.eval_only, env_id, num_actions, made_by, args.capacity)
         path = f"runs/{new_run(env_id, args)}/eval.json"
         identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity", "protocol")}
         evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
@@ -1182,8 +1106,7 @@ def main(args, at_exit):
         obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
         return obs, targets[rows], values[rows]
 
-    agent = Agent(args.capacity, len(action_meanings))
-    agent = agent.to(device, memory_format=torch.channels_last)
+    agent = Agent(args.capacity, num_actions).to(device, memory_format=torch.channels_last)
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     else:
@@ -1194,48 +1117,47 @@ def main(args, at_exit):
                 "protocol": buffer["meta"]["protocol"] | {"greedy": args.loss == "mse"}}
     saved = {}
     if args.resume and Path(save_path).exists():
-        saved, _ = load_checkpoint(save_path, env_id, len(action_meanings),
-                                   f"python actor_distill.py --env-id {env_id} --overwrite",
-                                   args.capacity)
+        saved, _ = load_checkpoint(
+            save_path, env_id, num_actions, made_by + " --overwrite", args.capacity)
         restore(save_path, saved, "distilled", args, agent, optimizer,
                 free=("num_envs", "repeat_action_probability"))
         if saved.get("buffer_sha256") != sha256:
             raise UsageError(f"--buffer-path {buffer_path}: {save_path} was distilled from another "
                              "buffer; resume with that, or distil to another --save-path")
-    state, last_epoch = saved, saved.get("last_epoch", 0)
-    global_step = last_saved = start_step = last_epoch * len(train_rows)
+    state, last_saved = saved, saved.get("last_epoch", 0)
+    global_step = start_step = last_saved * len(train_rows)
     run_name = saved.get("run_name") or new_run(env_id, args)
     logger = Logger(run_name, args, env_id, global_step, saved.get("wandb_id"))
     at_exit.callback(logger.close)
     if args.resume:
-        print(f"resumed     {save_path} after epoch {last_epoch}" if saved else
+        print(f"resumed     {save_path} after epoch {last_saved}" if saved else
               f"resume      {save_path} is not there yet, so distillation starts anew")
     print(f"run         runs/{run_name} on {device}, {args.epochs} epochs of {len(train_rows):,} "
           f"samples, {len(held_out_rows):,} held out")
 
-    def save(evaluation=None):
-        """Write the student, and the state after the last whole epoch, to `save_path`."""
-        save_checkpoint(save_path, {
-            **state, "format_version": 1, **identity, "num_actions": len(action_meanings),
-            "args": vars(args), "evaluation": evaluation, "run_name": run_name,
-            "wandb_id": logger.wandb_id, "teacher": buffer["meta"]["teacher"],
-            "buffer_sha256": sha256})
-
-    def try_to_save():
-        """Save; where that fails, warn, and leave it to the next attempt."""
+    def save(evaluation=None, final=False):
+        """Write the student as of the last whole epoch; only warn if others are to follow."""
         nonlocal last_saved
         try:
-            save()
-            last_saved = state["last_epoch"] * len(train_rows)
+            save_checkpoint(save_path, {
+                **state, "format_version": 1, **identity, "num_actions": num_actions,
+                "args": vars(args), "evaluation": evaluation, "run_name": run_name,
+                "wandb_id": logger.wandb_id, "teacher": buffer["meta"]["teacher"],
+                "buffer_sha256": sha256})
+            last_saved = state["last_epoch"]
         except OSError as error:
+            if final:
+                raise
             print(f"\nwarning: epoch {state['last_epoch']} not saved: {error}", file=sys.stderr)
 
     def save_when_stopped(kind, *_):
-        """Save what is whole, if a signal ends the script."""
+        """Save what is whole, if a signal ends the script, and say how to go on."""
         if kind is KeyboardInterrupt and state:
-            if state["last_epoch"] * len(train_rows) > last_saved:
-                try_to_save()
-            tell_how_to_go_on(save_path, f"epoch {last_saved // len(train_rows)}")
+            if state["last_epoch"] > last_saved:
+                save()
+            words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+            print(f"\nstopped     {save_path} holds epoch {last_saved}; to go on:\n"
+                  f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
 
     criterion, shown = f"validation/{args.loss}", args.loss.upper()
     if not saved:
@@ -1248,7 +1170,7 @@ def main(args, at_exit):
         tqdm(total=args.epochs * len(train_rows), initial=global_step, desc="distil",
              unit="sample", dynamic_ncols=True, mininterval=1))
     at_exit.push(save_when_stopped)
-    for epoch in range(last_epoch + 1, args.epochs + 1):
+    for epoch in range(last_saved + 1, args.epochs + 1):
         if state and 0 < args.early_stop_patience <= state["last_epoch"] - state["epoch"]:
             break
         order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
@@ -1267,8 +1189,7 @@ def main(args, at_exit):
         # a gradient that is not finite leaves weights that are not, even after a finite loss
         if not (math.isfinite(loss + args.value_coef * value_error)
                 and all(parameter.isfinite().all() for parameter in agent.parameters())):
-            bar.close()
-            kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
+            kept = f"{save_path} holds epoch {last_saved}" if last_saved else "nothing was saved"
             raise UsageError(f"distillation diverged in epoch {epoch}, {shown} {loss}, value error "
                              f"{value_error}; {kept}; lower --learning-rate")
         validation = validate(agent, get_batch, held_out_rows, args.loss)
@@ -1283,16 +1204,16 @@ def main(args, at_exit):
         student = {"epoch": epoch, "global_step": global_step, "validation": validation,
                    "model": last["model"]}
         if (state and args.early_stop_patience
-                and validation[criterion] >= state["validation"][criterion]):
+                and validation[criterion] >= state["validation"].get(criterion, math.inf)):
             student = {name: state[name] for name in student}
         state = {**last, "last_model": last["model"], "last_epoch": epoch, **student}
-        if global_step - last_saved >= args.checkpoint_interval:
-            try_to_save()
+        if (epoch - last_saved) * len(train_rows) >= args.checkpoint_interval:
+            save()
     bar.close()
-    if global_step > last_saved:
-        try_to_save()
+    if state["last_epoch"] > last_saved:
+        save()
     agent.load_state_dict(state["model"])
-    validation = state["validation"]
+    validation = validate(agent, get_batch, held_out_rows, args.loss)
     print(f"epoch {state['epoch']:<5} held-out {shown} {validation[criterion]:.4f}, agreement "
           f"{validation['validation/agreement']:.1%}"
           + ("" if args.loss == "mse" else
@@ -1303,12 +1224,11 @@ def main(args, at_exit):
     result = None
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
-        save(evaluation=result)
+        save(result, final=True)
         logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
         print(f"wrote       runs/{run_name}/eval.json")
-    elif global_step > last_saved:
-        save()
-    logger.close()
+    elif state["last_epoch"] > last_saved:
+        save(final=True)
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
     print("curves      tensorboard --logdir runs")
     action = "finetune_student.py --student-path"
@@ -1319,21 +1239,21 @@ def main(args, at_exit):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BufferedWriter(Outlet(number, "w", closefd=False)),
+                         errors="replace", line_buffering=True) for number in (1, 2))
     catch_stops()
     try:
         with contextlib.ExitStack() as at_exit:
             main(tyro.cli(Args), at_exit)
-    except (UsageError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        print(f"error: out of memory ({' '.join(str(error).split()):.99}); use smaller batches, "
-              "fewer games or fewer samples", file=sys.stderr)
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if "memory" not in repr(error).lower():
+                raise
+            problem = f"out of memory ({problem:.99}); use smaller batches, fewer games or samples"
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped by a signal", file=sys.stderr)
-        sys.exit(128 + (*stop.args, signal.SIGINT)[0])
+        sys.exit(128 + stop.args[0])

@@ -350,47 +350,32 @@ def catch_stops():
     It is raised in this file's own code, where it is certain to end the script: some libraries
     swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
     """
-    def leave(number, frame):
-        os._exit(128 + number)
+    first = []  # the first signal's number, and until when it waits for this file's own code
 
-    def stop(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, leave)
-        deadline = time.monotonic() + 2
+    def handle(number, frame):
+        if number != signal.SIGALRM:
+            if first:
+                os._exit(128 + number)
+            first[:] = number, time.monotonic() + 2
+        own = frame and frame.f_code.co_filename == handle.__code__.co_filename
+        if own or time.monotonic() > first[1]:
+            raise KeyboardInterrupt(first[0])
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-        def attempt(_, frame):
-            own = frame is not None and frame.f_code.co_filename == stop.__code__.co_filename
-            if own or time.monotonic() > deadline:
-                raise KeyboardInterrupt(number)
-            signal.setitimer(signal.ITIMER_REAL, 0.005)
-
-        signal.signal(signal.SIGALRM, attempt)
-        attempt(number, frame)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
-class Unbreakable:
-    """A text stream that drops what cannot be written, as when Ctrl-C has ended `tee` first."""
+class Outlet(io.FileIO):
+    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Write and flush, or drop."""
+    def write(self, content):
+        """Write bytes, or drop them, and return how many are done with."""
         with contextlib.suppress(OSError):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self):
-        """Do nothing: `write` has flushed."""
+            return super().write(content)
+        return len(content)
 
 
 @contextlib.contextmanager
@@ -411,8 +396,7 @@ def atomic_write(path):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(path, overwrite, *inputs):
@@ -437,14 +421,10 @@ def check_output(path, overwrite, *inputs):
         if target.exists() and not overwrite:
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
-                with contextlib.suppress(OSError, OverflowError):
-                    try:
-                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
-                    except ProcessLookupError:
-                        file.unlink()
+            made = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name)
+            if made and file.is_file() and not Path("/proc", made[1]).exists():
+                file.unlink()  # the process of that number is dead
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -489,62 +469,45 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
     try:
-        checkpoint = load_tensors(Path(path).read_bytes())
-    except Exception as error:
-        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
-                         f"make it anew with `{made_by}`") from None
-    needed = {"format_version", "phase", "env_id", "capacity", "num_actions", "global_step",
-              "model", "args", "evaluation"}
-    try:
-        # all but weights, optimiser and random state is plain, to be compared and printed safely
-        plain = {name: value for name, value in checkpoint.items()
+        found = load_tensors(Path(path).read_bytes())
+        # all but the tensors is plain, and counted lazily before it is compared or printed: a
+        # small file can name the same list over and over, a list of such lists, and so on
+        plain = {name: x for name, x in found.items()
                  if name not in ("model", "last_model", "optimizer", "rng")}
-        # lazily, as a small file can name the same list over and over, a list of such lists, ...
-        encoded = itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)
-        teacher = plain.get("teacher") or {"evaluation": None}
-        results = (plain["evaluation"], plain.get("evaluation_before"), teacher["evaluation"])
+        if sum(1 for _ in itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)) == 10**5:
+            raise ValueError("too many values")
+        for name, wanted, fix in (("format_version", 1, "update the script"),
+                                  ("env_id", env_id, "pass that --env-id"),
+                                  ("capacity", capacity, "pass that --capacity")):
+            if wanted not in (None, found[name]):
+                raise UsageError(f"{path}: its {name} is {found[name]!r:.60}, not {wanted}; {fix}")
+        found["protocol"] = default_protocol() | found.get("protocol", {})
+        results = (found["evaluation"], found.get("evaluation_before"),
+                   found["teacher"]["evaluation"] if found.get("teacher") else None)
         numbers = [result["mean"] for result in results if result is not None]
-        if "validation" in plain:
-            loss = plain["args"].get("loss", "kl")
-            names = {loss, "agreement", "agreement" if loss == "mse" else "entropy_gap"}
-            numbers += [plain["validation"][f"validation/{name}"] for name in names]
-        protocol = default_protocol() | plain.get("protocol", {})
-        counts = [plain.get(name, 0) for name in ("global_step", "epoch", "last_epoch")]
-        if (sum(1 for _ in encoded) == 10**5 or not needed <= checkpoint.keys()
-                or not isinstance(plain["args"], dict)
-                or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-                or not all(type(x) is int and x >= 0 for x in counts)
-                or {name: bool(x) for name, x in protocol.items()} != protocol
-                or protocol.keys() != default_protocol().keys()
-                or not all(result is None or "greedy" in result for result in results)):
-            raise ValueError
-    except Exception:
-        raise UsageError(f"{path}: not a checkpoint of this project; make one with `{made_by}`"
-                         ) from None
-    if checkpoint["format_version"] != 1:
-        raise UsageError(f"{path}: this script reads format version 1; update the script")
-    if checkpoint["env_id"] != env_id:
-        raise UsageError(f"{path}: belongs to {checkpoint['env_id']!r:.60}, not to {env_id}; "
-                         f"pass --env-id {checkpoint['env_id']!r:.60}")
-    if capacity not in (None, checkpoint["capacity"]):
-        raise UsageError(f"{path}: holds a {checkpoint['capacity']!r:.60} network, not {capacity}; "
-                         "pass the --capacity that it holds")
-    try:
-        weights = [*checkpoint["model"].values(), *checkpoint.get("last_model", {}).values()]
-        if {x.dtype for x in weights} != {torch.float32}:
-            raise ValueError("load_state_dict would convert them in silence")
-        # a tensor may repeat one number over and over, and a network may be of any size
-        size = 4 * sum(x.numel() for x in checkpoint["model"].values())
-        if checkpoint["capacity"] not in Agent.SIZES or size > os.path.getsize(path):
-            raise ValueError("larger than its file")
-        agent = Agent(checkpoint["capacity"], num_actions)
-        agent.load_state_dict(checkpoint["model"])
-    except Exception:
-        raise UsageError(f"{path}: its weights do not fit a {checkpoint['capacity']!r:.60} network "
-                         f"with {num_actions} actions; make it anew with `{made_by}`") from None
-    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
-        raise UsageError(f"{path}: holds weights that are not finite; make it with `{made_by}`")
-    return checkpoint | {"protocol": protocol}, agent
+        numbers += found.get("validation", {}).values()
+        counts = (found["global_step"], found.get("epoch", 0), found.get("last_epoch", 0))
+        fits = {
+            "phase": isinstance(found["phase"], str), "args": isinstance(found["args"], dict),
+            "protocol": dict.fromkeys(default_protocol(), bool)
+                == {name: type(x) for name, x in found["protocol"].items()},
+            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers),
+            "step": all(type(x) is int and x >= 0 for x in counts),
+            # a tensor may repeat one number over and over
+            "size": 4 * sum(x.numel() for x in found["model"].values()) < os.path.getsize(path)}
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise ValueError(f"wrong {', '.join(wrong)}")
+        agent = Agent(Agent.SIZES[found["capacity"]], num_actions)
+        for weights in (found.get("last_model", found["model"]), found["model"]):
+            agent.load_state_dict(weights)
+            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in weights.values()):
+                raise ValueError("weights that are not finite or not float32")
+    except UsageError:
+        raise
+    except Exception as error:  # a foreign file can make the parsers raise anything
+        raise UsageError(f"{path}: damaged, or its parts do not fit a checkpoint of this project "
+                         f"({error!r:.160}); make it anew with `{made_by}`") from None
+    return found, agent
 
 
 @torch.inference_mode()
@@ -673,13 +636,13 @@ class Logger:
     """
 
     def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
-        self.folder, self.tensorboard, self.warned = f"runs/{run_name}", None, []
-        self.wandb = self.wandb_id = None
+        self.folder, self.warned = f"runs/{run_name}", set()
+        self.tensorboard = self.wandb = self.wandb_id = None
         with self.tolerate("tensorboard"):
             self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-            table = f"|flag|value|\n|-|-|\n{rows}"
-            self.tensorboard.add_text("hyperparameters", table, global_step)
+            self.tensorboard.add_text(
+                "hyperparameters", f"|flag|value|\n|-|-|\n{rows}", global_step)
         with self.tolerate("wandb"):
             if args.track:
                 import wandb
@@ -700,8 +663,8 @@ class Logger:
         except Exception as error:
             setattr(self, part, None)
             if part not in self.warned:
-                self.warned.append(part)
                 print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
+            self.warned.add(part)
 
     def log(self, metrics, global_step):
         """Record a dict of numbers by name, at a step that never goes back."""
@@ -717,10 +680,7 @@ class Logger:
                 self.wandb.log({**metrics, "global_step": global_step})
 
     def close(self):
-        """End the log, and with it the W&B run."""
-        with self.tolerate("tensorboard"):
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+        """End the W&B run; TensorBoard's file is whole after every `log`."""
         with self.tolerate("wandb"):
             if self.wandb is not None:
                 self.wandb.finish()
@@ -865,47 +825,40 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
     Raises:
         UsageError: if the checkpoint or a flag does not fit.
     """
-    needed = {"optimizer", "rng", "run_name"}
-    if phase == "distilled":
-        needed |= {"epoch", "validation", "last_epoch", "last_model"}
-    if (saved["phase"] != phase or not needed <= saved.keys()
-            or not re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", str(saved["run_name"]))):
-        raise UsageError(f"{path}: holds no {phase} training to go on with; name another "
-                         "--save-path")
+    if saved["phase"] != phase:
+        raise UsageError(f"{path}: holds no {phase} training; name another --save-path")
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
             "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
             "wandb_entity", "eval_steps", "eval_greedy", "eval_temperature", "eval_only", *free}
-    defaults = vars(type(args)())  # for flags that were added since
     for name, value in vars(args).items():
-        if name not in free and (before := saved["args"].get(name, defaults[name])) != value:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value}: {path} was trained with {before!r:.60}; resume "
-                             "with that, or train to another --save-path")
+        before = saved["args"].get(name, getattr(type(args), name))  # a new flag had its default
+        if name not in free and before != value:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
+                             f"{before!r:.60}; resume with that, or name another --save-path")
+    lowest = {"momentum_buffer": -math.inf}
+    if isinstance(optimizer, torch.optim.Adam):
+        lowest = {"step": 1, "exp_avg": -math.inf, "exp_avg_sq": 0}
     try:
+        needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
+        if not (needed <= saved.keys() and saved["optimizer"]["state"]
+                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])):
+            raise ValueError("no training to go on with")
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
         parameters = list(agent.parameters())
-        adam = isinstance(optimizer, torch.optim.Adam)
-        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
-        for i, moments in saved["optimizer"]["state"].items():
-            kept = {}
-            for name in names:
-                like = parameters[i].sum() if name == "step" else parameters[i]
-                if (moments[name].shape, moments[name].dtype) != (like.shape, torch.float32):
-                    raise ValueError(f"{name} {i} is of another shape or type")
-                kept[name] = torch.empty_like(like).copy_(moments[name].detach())
-            if not (all(x.isfinite().all() for x in (*kept.values(), parameters[i]))
-                    and (not adam or kept["step"] > 0 and (kept["exp_avg_sq"] >= 0).all())):
-                raise ValueError(f"moments {i} are not finite or negative")
-            optimizer.state[parameters[i]] = kept
-        if not optimizer.state:
-            raise ValueError("no moments")
+        for (i, moments), name in itertools.product(saved["optimizer"]["state"].items(), lowest):
+            moment = moments[name].detach()
+            like = parameters[i].sum() if name == "step" else parameters[i]
+            if ((moment.shape, moment.dtype) != (like.shape, torch.float32)
+                    or not (moment.isfinite() & (moment >= lowest[name])).all()):
+                raise ValueError(f"{name} of weight {i}")
+            optimizer.state[parameters[i]][name] = torch.empty_like(like).copy_(moment)
         torch.set_rng_state(saved["rng"]["torch"])
         if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
     except Exception as error:
-        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); train to "
-                         "another --save-path") from None
+        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); name another "
+                         "--save-path") from None
 
 
 def training_state(agent, optimizer):
@@ -913,13 +866,6 @@ def training_state(agent, optimizer):
     cuda = torch.cuda.get_rng_state() if agent.critic.weight.is_cuda else None
     return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                           "rng": {"torch": torch.get_rng_state(), "cuda": cuda}})
-
-
-def tell_how_to_go_on(path, progress):
-    """Print, after a signal, what `path` holds and the command that goes on from there."""
-    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-    print(f"\nstopped     {path} holds {progress}; to go on:\n"
-          f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
 
 
 def main(args, at_exit):
@@ -938,11 +884,8 @@ def main(args, at_exit):
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide {batch_size}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if batch_size * 4 * 84 * 84 > memory:
-        raise UsageError(f"--num-steps {args.num_steps}: a rollout would take "
-                         f"{batch_size * 4 * 84 * 84 / 1e9:,.0f} GB of memory; lower it or "
-                         "--num-envs")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # for a rollout's frames
+    check_flags(args, num_steps=(1, memory // (args.num_envs * 4 * 84 * 84)))
     device = set_up_torch(args)
     halves = make_envs(rom, args.num_envs, True, args.repeat_action_probability)
     for envs, _ in halves:
@@ -982,28 +925,28 @@ def main(args, at_exit):
     print(f"run         runs/{run_name} on {device}, {num_iterations:,} iterations of "
           f"{batch_size:,} steps")
 
-    def save(evaluation=None):
-        """Write the state after the last whole iteration to `save_path`."""
-        save_checkpoint(save_path, {
-            **state, "format_version": 1, **identity, "num_actions": num_actions,
-            "args": vars(args), "evaluation": evaluation, "run_name": run_name,
-            "wandb_id": logger.wandb_id})
-
-    def try_to_save():
-        """Save; where that fails, warn, and leave it to the next attempt."""
+    def save(evaluation=None, final=False):
+        """Write the state after the last whole iteration; only warn if others are to follow."""
         nonlocal last_saved
         try:
-            save()
+            save_checkpoint(save_path, {
+                **state, "format_version": 1, **identity, "num_actions": num_actions,
+                "args": vars(args), "evaluation": evaluation, "run_name": run_name,
+                "wandb_id": logger.wandb_id})
             last_saved = state["global_step"]
         except OSError as error:
+            if final:
+                raise
             print(f"\nwarning: step {state['global_step']:,} not saved: {error}", file=sys.stderr)
 
     def save_when_stopped(kind, *_):
-        """Save what is whole, if a signal ends the script."""
+        """Save what is whole, if a signal ends the script, and say how to go on."""
         if kind is KeyboardInterrupt and state:
             if state["global_step"] > last_saved:
-                try_to_save()
-            tell_how_to_go_on(save_path, f"step {last_saved:,}")
+                save()
+            words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+            print(f"\nstopped     {save_path} holds step {last_saved:,}; to go on:\n"
+                  f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
 
     agent.bf16 = args.bf16
     rollout_shape = (args.num_steps, args.num_envs)
@@ -1090,7 +1033,6 @@ def main(args, at_exit):
         # a gradient that is not finite leaves weights that are not, even after a finite loss
         if not (all(map(math.isfinite, losses))
                 and all(parameter.isfinite().all() for parameter in agent.parameters())):
-            bar.close()
             kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
             raise UsageError(f"training diverged at step {global_step:,}, {metrics}; {kept}; lower "
                              "--learning-rate")
@@ -1102,21 +1044,19 @@ def main(args, at_exit):
         if recent_returns:
             bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
         state = {**training_state(agent, optimizer), "global_step": global_step}
-        if global_step - last_saved >= args.checkpoint_interval:
-            try_to_save()
+        if (global_step - last_saved >= args.checkpoint_interval
+                or iteration == num_iterations):
+            save()
     bar.close()
-    if global_step > last_saved:
-        try_to_save()
 
     agent.bf16 = False
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
-        save(evaluation=result)
+        save(result, final=True)
         logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
         print(f"wrote       runs/{run_name}/eval.json")
     elif global_step > last_saved:
-        save()
-    logger.close()
+        save(final=True)
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB, trained for "
           f"{global_step:,} steps")
     print("curves      tensorboard --logdir runs")
@@ -1125,21 +1065,21 @@ def main(args, at_exit):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BufferedWriter(Outlet(number, "w", closefd=False)),
+                         errors="replace", line_buffering=True) for number in (1, 2))
     catch_stops()
     try:
         with contextlib.ExitStack() as at_exit:
             main(tyro.cli(Args), at_exit)
-    except (UsageError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        print(f"error: out of memory ({' '.join(str(error).split()):.99}); use smaller batches, "
-              "fewer games or fewer samples", file=sys.stderr)
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if "memory" not in repr(error).lower():
+                raise
+            problem = f"out of memory ({problem:.99}); use smaller batches, fewer games or samples"
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("stopped by a signal", file=sys.stderr)
-        sys.exit(128 + (*stop.args, signal.SIGINT)[0])
+        sys.exit(128 + stop.args[0])

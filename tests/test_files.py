@@ -90,6 +90,7 @@ BAD_CHECKPOINTS = {
     "last model in double precision": lambda: checkpoint(
         last_model={name: x.double() for name, x in broken_weights().items()}),
     "last model that is none": lambda: checkpoint(last_model=3),
+    "last model without layers": lambda: checkpoint(last_model={}),
     "negative step": lambda: checkpoint(global_step=-1),
     "weight not finite": lambda: checkpoint(
         model=broken_weights(**{"critic.bias": torch.tensor([float("nan")])})),
@@ -419,7 +420,7 @@ def test_a_file_that_is_no_archive_is_no_checkpoint(content, tmp_path):
     {"optimizer": {}}, {"optimizer": {"state": {0: {}}, "param_groups": []}}, {"optimizer": 3},
     {"rng": {}}, {"rng": {"torch": torch.zeros(3, dtype=torch.uint8), "cuda": None}}, {"rng": None},
     {"run_name": "../x"}, {"run_name": ".."}, {"run_name": None}, {"run_name": "a/b"},
-    {"last_model": {}}, {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
+    {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
     {"optimizer": {"state": {0: {"step": 1.0, "exp_avg": [[0] * 10] * 10, "exp_avg_sq": 0}}}}])
 def test_a_training_state_that_does_not_fit_is_refused(changes, tmp_path):
     content, args = full_checkpoint()
@@ -544,7 +545,7 @@ def test_only_temporary_files_of_dead_processes_are_swept(tmp_path):
     (SCRIPTS[2], "--buffer-path good.npz --batch-size 4 --save-path low.pt --resume --capacity low",
      "no distilled training"),
     (SCRIPTS[2], "--eval-only low.pt --capacity high", "low.pt"),
-    (SCRIPTS[2], "--env-id Breakout-v5 --eval-only low.pt", "--env-id 'PongNoFrameskip-v4'"),
+    (SCRIPTS[2], "--env-id Breakout-v5 --eval-only low.pt", "its env_id is 'PongNoFrameskip-v4'"),
     (SCRIPTS[3], "--env-id Alien-v5",
      "python actor_distill.py --env-id AlienNoFrameskip-v4 --capacity medium"),
     (SCRIPTS[3], "--student-path low.pt --capacity medium", "low.pt"),
