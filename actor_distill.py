@@ -420,9 +420,12 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            made = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name)
-            if made and file.is_file() and not Path("/proc", made[1]).exists():
-                file.unlink()  # the process of that number is dead
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -1085,10 +1088,7 @@ def main(args, at_exit):
                          "one of the two out")
     if args.loss == "kl" and args.temperature is None:
         args.temperature = 0.01 if kind == "q_values" else 1.0
-    samples = len(buffer["stack_index"])
-    if args.batch_size > samples // 2:
-        raise UsageError(f"--batch-size {args.batch_size}: {buffer_path} has {samples:,} samples; "
-                         f"must be {samples // 2} at most")
+    check_flags(args, batch_size=(1, len(buffer["stack_index"]) // 2))
     with open(buffer_path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 

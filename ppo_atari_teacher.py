@@ -422,9 +422,12 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            made = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name)
-            if made and file.is_file() and not Path("/proc", made[1]).exists():
-                file.unlink()  # the process of that number is dead
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -1044,8 +1047,7 @@ def main(args, at_exit):
         if recent_returns:
             bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
         state = {**training_state(agent, optimizer), "global_step": global_step}
-        if (global_step - last_saved >= args.checkpoint_interval
-                or iteration == num_iterations):
+        if iteration == num_iterations or global_step - last_saved >= args.checkpoint_interval:
             save()
     bar.close()
 

@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, SCRIPTS, run_script
 
+# lines of code that a script may have
+LIMITS = dict(zip(SCRIPTS, (680, 665, 785, 730)))
+
 
 def definitions(script):
     """Top-level functions and classes of a script: name to source, decorators included."""
@@ -69,7 +72,7 @@ def test_scripts_are_compact_and_documented(script):
             documented |= set(range(node.lineno, node.end_lineno + 1))
     code = [line for number, line in enumerate(text.splitlines(), 1)
             if line.strip() and not line.strip().startswith("#") and number not in documented]
-    assert len(code) <= 850
+    assert len(code) <= LIMITS[script]
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "Args"):
             assert ast.get_docstring(node), f"{node.name} has no docstring"
