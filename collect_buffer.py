@@ -738,7 +738,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
     finds frames that look alike next to each other. Frame row i + 1 is the newest frame of sample
     i, and row 0 is the blank frame from before a game's start. Rows after N + 1, if any, hold
-    frames of steps that pressed FIRE, which later stacks show where they run on over a lost life.
+    frames of steps that pressed FIRE or NOOP, which later stacks show if they run on over a life.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits or Q-values, values).
