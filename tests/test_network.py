@@ -76,13 +76,13 @@ def test_memory_of_large_batches_is_kept(tmp_path):
             "agent = t.Agent('low', 6).to(memory_format=torch.channels_last)\n"
             "obs = torch.zeros(1024, 4, 84, 84, dtype=torch.uint8)\n"
             "faults = []\n"
-            "for _ in range(6):\n"
+            "for _ in range(10):\n"
             "    agent.zero_grad(); agent(obs)[0].sum().backward()\n"
             "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
-            "print(faults[-1] - faults[2])")
+            "print(sorted(b - a for a, b in zip(faults, faults[1:]))[4])")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                             text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    assert int(result.stdout) < 3 * 2800
+    assert int(result.stdout) < 2800  # the median: a heap may still grow once or twice
 
 
 def test_initial_weights_are_orthogonal_with_the_stated_gains():
