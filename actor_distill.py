@@ -38,12 +38,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the slow imports below ends quietly
+    # GNU OpenMP's threads wait for work by spinning, for milliseconds by default, on the very cores
+    # that the games need between two decisions; it reads this when torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
@@ -64,6 +68,9 @@ class Args:
     bf16: bool = False
     """train in bfloat16, faster where the hardware has it; weights, heads, losses, optimiser and
     evaluations stay float32"""
+    compile: bool = False
+    """compile network and loss with torch.compile, to CUDA graphs on a GPU: half a minute at the
+    start or more, and on a CPU no gain"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
@@ -245,12 +252,13 @@ class Games(AtariVectorEnv):
         return self.begin_stacks(obs), reward, terminated, truncated, info
 
 
-def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None):
-    """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
+def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None, device="cpu"):
+    """Games that run and are preprocessed on ale-py's C++ threads, in one group or in two.
 
-    One half plays while the network decides for the other. A game that ends restarts within the
-    same step, so that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life
-    also reports `terminated`, while the game goes on.
+    Of two groups one plays while a GPU decides for the other; a CPU's network needs the games'
+    cores, and is faster for all of them at once. A game that ends restarts within the same step, so
+    that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life also reports
+    `terminated`, while the game goes on.
 
     Args:
         rom: ale-py's name of the game, such as "ms_pacman".
@@ -258,14 +266,15 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
         protocol: dict as of `default_protocol`, or None for that.
+        device: where the network is.
 
     Returns:
-        A list of (Games, slice of the N games that it plays): two, or one where N is 1. An
-        observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
+        A list of (Games, slice of the N games that it plays): one, or on a GPU two if N is not 1.
+        An observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
     """
     protocol = protocol or default_protocol()
-    middle = (num_envs + 1) // 2
-    parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+    middle = num_envs if torch.device(device).type == "cpu" else (num_envs + 1) // 2
+    parts = [slice(0, middle), slice(middle, num_envs)][:1 if middle == num_envs else 2]
     return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
                    protocol["repeat_first_frame"], protocol["restart_stack"],
                    autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
@@ -319,27 +328,21 @@ class Agent(nn.Module):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
         # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
         # are cheaper to rearrange than floats
-        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        x = obs.contiguous(memory_format=torch.channels_last)
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32)  # whole numbers, exact in both
+        first, *rest = self.network
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.network(x)
-        hidden = hidden.float()
-        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+            # divides 255 out of the first convolution's weights instead of out of every pixel
+            x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
+            for layer in rest:
+                x = layer(x)
+        x = x.float()
+        return self.actor(x), self.critic(x).squeeze(-1)
 
 
 def sample_actions(logits, generator=None):
     """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
-
-
-@contextlib.contextmanager
-def half_the_threads():
-    """Leave half of the cores to the games that play while a network on the CPU decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def catch_stops():
@@ -526,7 +529,7 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
 
 
 @torch.inference_mode()
-def play(agent, halves, eval_steps, seed, greedy, temperature=1.0):
+def play(agent, groups, eval_steps, seed, greedy, temperature=1.0):
     """Play whole games, in a way that favours neither short nor long ones.
 
     Game slot e retires at its first game end at or after its own step ceil(eval_steps / N). Every
@@ -535,7 +538,7 @@ def play(agent, halves, eval_steps, seed, greedy, temperature=1.0):
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        halves: N games of `make_envs(..., life_loss=False)`.
+        groups: N games of `make_envs(..., life_loss=False)`.
         eval_steps: budget, summed over the slots; games under way go on to their end.
         seed: of the games and the actions; training's random state is neither read nor changed.
         greedy: take the most probable action instead of sampling.
@@ -552,22 +555,21 @@ def play(agent, halves, eval_steps, seed, greedy, temperature=1.0):
         action = logits.argmax(-1) if greedy else sample_actions(logits / temperature, generator)
         envs.send(action.cpu().numpy())
 
-    num_envs = halves[-1][1].stop
+    num_envs = groups[-1][1].stop
     seeds = game_seeds(num_envs, seed, 3)
-    for envs, part in halves:
+    for envs, part in groups:
         decide(envs, envs.reset(seed=seeds[part])[0])
     playing = np.ones(num_envs, bool)
     game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
     returns, lengths = [], []
     slot_step, quota = 0, math.ceil(eval_steps / num_envs)
-    with half_the_threads(), tqdm(desc="evaluate", unit="step", dynamic_ncols=True,
-                                  mininterval=1) as bar:
+    with tqdm(desc="evaluate", unit="step", dynamic_ncols=True, mininterval=1) as bar:
         while playing.any():
             slot_step += 1
             game_length += 1
             bar.total = max(eval_steps, bar.n + int(playing.sum()))
             bar.update(int(playing.sum()))
-            for envs, part in halves:
+            for envs, part in groups:
                 obs, reward, terminated, truncated, _ = envs.recv()
                 decide(envs, obs)
                 game_return[part] += reward
@@ -579,7 +581,7 @@ def play(agent, halves, eval_steps, seed, greedy, temperature=1.0):
                 if slot_step >= quota:
                     playing &= ~ended
                     bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
-    for envs, _ in halves:
+    for envs, _ in groups:
         envs.recv()
     return returns, lengths
 
@@ -617,9 +619,10 @@ def evaluate(agent, rom, args, identity, path):
     protocol = identity["protocol"]
     greedy = args.eval_greedy or (protocol["greedy"] and args.eval_temperature is None)
     temperature = args.eval_temperature or 1.0
-    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
-    returns, lengths = play(agent, halves, args.eval_steps, args.seed, greedy, temperature)
-    for envs, _ in halves:
+    groups = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol,
+                       agent.critic.weight.device)
+    returns, lengths = play(agent, groups, args.eval_steps, args.seed, greedy, temperature)
+    for envs, _ in groups:
         envs.close()
     result = {**identity, "seed": args.seed, "greedy": greedy, "temperature": temperature,
               "num_envs": args.num_envs,
@@ -890,30 +893,59 @@ def squared_error(target_q, q_values):
     return (target_q - q_values).square().sum(-1)
 
 
-def distill_update(agent, optimizer, obs, targets, target_values, value_coef,
-                   loss_function=kl_divergence):
-    """One optimiser step of the student on one batch; no value leaves the device.
+def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_divergence):
+    """The student's loss on one batch.
 
     Args:
         obs: uint8 [B, 4, 84, 84].
         targets, target_values: float32 [B, A] and [B], from the teacher's outputs.
         value_coef: weight of 0.5 (V - V_teacher)^2; at 0 the critic is not touched.
-        loss_function: maps targets and the student's logits to float32 [B]. On targets of 0 and 1
+        divergence: maps targets and the student's logits to float32 [B]. On targets of 0 and 1
             `kl_divergence` is the negative log-likelihood.
 
     Returns:
-        Sums over the batch, float32 [2], detached: of the loss and of the squared value error.
+        The loss, a scalar to minimise, and sums over the batch, float32 [2], detached: of the
+        divergence and of the squared value error.
     """
     logits, values = agent(obs)
-    distance = loss_function(targets, logits)
+    distance = divergence(targets, logits)
     value_error = (values - target_values).square()
     loss = distance.mean()
     if value_coef:
         loss = loss + 0.5 * value_coef * value_error.mean()
+    return loss, torch.stack((distance.sum(), value_error.sum())).detach()
+
+
+def compiled(function):
+    """Compile a function of tensors and networks, on a GPU to CUDA graphs, at its first call.
+
+    What it returns lasts until its next call; batches of another size are compiled anew.
+
+    Raises:
+        UsageError: if torch.compile cannot work here.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise UsageError(f"--compile: needs a C++ compiler and finds no {compiler}; install it, or "
+                         "leave --compile out")
+    return torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+
+def distill_update(agent, optimizer, loss_function, *batch):
+    """One optimiser step of the student on one batch; no value leaves the device.
+
+    Args:
+        loss_function: `batch_loss`, compiled or not.
+        batch: the arguments of `batch_loss` after the student.
+
+    Returns:
+        The two sums of `batch_loss`, float32 [2].
+    """
     optimizer.zero_grad()
+    loss, sums = loss_function(agent, *batch)
     loss.backward()
     optimizer.step()
-    return torch.stack((distance.sum(), value_error.sum())).detach()
+    return sums.clone()
 
 
 @torch.inference_mode()
@@ -978,7 +1010,7 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
     if saved["phase"] != phase:
         raise UsageError(f"{path}: holds no {phase} training; name another --save-path")
     free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
-            "env_id", "resume", "overwrite", "device", "track", "wandb_project_name",
+            "env_id", "resume", "overwrite", "device", "compile", "track", "wandb_project_name",
             "wandb_entity", "eval_steps", "eval_greedy", "eval_temperature", "eval_only", *free}
     for name, value in vars(args).items():
         before = saved["args"].get(name, getattr(type(args), name))  # a new flag had its default
@@ -1096,14 +1128,17 @@ def main(args, at_exit):
         torch.from_numpy(buffer[name]).to(device)
         for name in ("frames", "stack_index", kind, "values"))
     targets = make_targets(outputs, kind == "q_values", args.loss, args.temperature)
-    loss_function = squared_error if args.loss == "mse" else kl_divergence
+    loss_function = compiled(batch_loss) if args.compile else batch_loss
+    divergence = squared_error if args.loss == "mse" else kl_divergence
     train_rows, held_out_rows = split_episodes(
         buffer["episode_index"], args.validation_fraction, args.seed)
     held_out_rows = torch.from_numpy(held_out_rows).to(device)
 
     def get_batch(rows):
         """Observations uint8 [B, 4, 84, 84], targets and target values of samples."""
-        obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
+        # with the channels last, as the network wants them: cheaper here than by rearranging
+        newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
+        obs = torch.stack(newest_last, -1).permute(0, 3, 1, 2)
         return obs, targets[rows], values[rows]
 
     agent = Agent(args.capacity, num_actions).to(device, memory_format=torch.channels_last)
@@ -1181,8 +1216,8 @@ def main(args, at_exit):
             if args.anneal_lr:
                 fraction_left = 1 - (epoch - 1 + i / len(batches)) / args.epochs
                 optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
-            sums += distill_update(agent, optimizer, *get_batch(rows), args.value_coef,
-                                   loss_function)
+            sums += distill_update(agent, optimizer, loss_function, *get_batch(rows),
+                                   args.value_coef, divergence)
             bar.update(len(rows))
         agent.bf16 = False
         loss, value_error = (sums / len(train_rows)).tolist()

@@ -37,12 +37,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the slow imports below ends quietly
+    # GNU OpenMP's threads wait for work by spinning, for milliseconds by default, on the very cores
+    # that the games need between two decisions; it reads this when torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
@@ -215,12 +219,13 @@ class Games(AtariVectorEnv):
         return self.begin_stacks(obs), reward, terminated, truncated, info
 
 
-def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None):
-    """Games that run and are preprocessed on ale-py's C++ threads, in two halves.
+def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None, device="cpu"):
+    """Games that run and are preprocessed on ale-py's C++ threads, in one group or in two.
 
-    One half plays while the network decides for the other. A game that ends restarts within the
-    same step, so that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life
-    also reports `terminated`, while the game goes on.
+    Of two groups one plays while a GPU decides for the other; a CPU's network needs the games'
+    cores, and is faster for all of them at once. A game that ends restarts within the same step, so
+    that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life also reports
+    `terminated`, while the game goes on.
 
     Args:
         rom: ale-py's name of the game, such as "ms_pacman".
@@ -228,14 +233,15 @@ def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None
         life_loss: whether a lost life ends an episode.
         repeat_action_probability: sticky actions, 0 to 1.
         protocol: dict as of `default_protocol`, or None for that.
+        device: where the network is.
 
     Returns:
-        A list of (Games, slice of the N games that it plays): two, or one where N is 1. An
-        observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
+        A list of (Games, slice of the N games that it plays): one, or on a GPU two if N is not 1.
+        An observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
     """
     protocol = protocol or default_protocol()
-    middle = (num_envs + 1) // 2
-    parts = [slice(0, middle), slice(middle, num_envs)][:num_envs]
+    middle = num_envs if torch.device(device).type == "cpu" else (num_envs + 1) // 2
+    parts = [slice(0, middle), slice(middle, num_envs)][:1 if middle == num_envs else 2]
     return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
                    protocol["repeat_first_frame"], protocol["restart_stack"],
                    autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
@@ -289,27 +295,21 @@ class Agent(nn.Module):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
         # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
         # are cheaper to rearrange than floats
-        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        x = obs.contiguous(memory_format=torch.channels_last)
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32)  # whole numbers, exact in both
+        first, *rest = self.network
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.network(x)
-        hidden = hidden.float()
-        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+            # divides 255 out of the first convolution's weights instead of out of every pixel
+            x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
+            for layer in rest:
+                x = layer(x)
+        x = x.float()
+        return self.actor(x), self.critic(x).squeeze(-1)
 
 
 def sample_actions(logits, generator=None):
     """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
-
-
-@contextlib.contextmanager
-def half_the_threads():
-    """Leave half of the cores to the games that play while a network on the CPU decides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def catch_stops():
@@ -732,7 +732,7 @@ def set_up_torch(args):
 
 
 @torch.inference_mode()
-def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None):
+def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None):
     """Let a policy play and record every step, each frame once.
 
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
@@ -742,7 +742,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits or Q-values, values).
-        halves: games of `make_envs(..., life_loss=False)`; steps that press FIRE for a new life are
+        groups: games of `make_envs(..., life_loss=False)`; steps that press FIRE for a new life are
             not recorded, but for their reward, which is added to the step before.
         num_samples: N, steps to record over all slots; games under way are then cut off.
         seed: of the games and the actions.
@@ -760,11 +760,11 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     """
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    num_envs, num_actions = halves[-1][1].stop, int(halves[0][0].single_action_space.n)
+    num_envs, num_actions = groups[-1][1].stop, int(groups[0][0].single_action_space.n)
     stretch = num_samples // num_envs + (np.arange(num_envs) < num_samples % num_envs)
     first = np.cumsum(stretch) - stretch
     # no more presses than samples; what is never written takes no memory
-    rows = num_samples * (1 if halves[0][0].restart_stack else 2) + 1
+    rows = num_samples * (1 if groups[0][0].restart_stack else 2) + 1
     frames = np.empty((rows, 84, 84), np.uint8)
     frames[0] = pressed_frames = 0
     stack_index = np.empty((num_samples, 4), np.int32)
@@ -773,7 +773,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     actions, dones = np.empty(num_samples, np.uint8), np.empty(num_samples, bool)
     obs = np.empty((num_envs, 4, 84, 84), np.uint8)
     seeds = game_seeds(num_envs, seed, 2)
-    for envs, part in halves:
+    for envs, part in groups:
         obs[part], _ = envs.reset(seed=seeds[part])
     filled = np.zeros(num_envs, np.int64)  # samples of each slot whose outcome is known
     decided = np.zeros(num_envs, bool)  # whether the step under way is a sample
@@ -781,7 +781,7 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
     stack = np.zeros((num_envs, 4), np.int32)  # the rows of each slot's last four frames
 
     def decide(envs, part):
-        """Begin a step of one half of the games, and record it where it is the agent's own."""
+        """Begin a step of one group of games, and record it where it is the agent's own."""
         nonlocal pressed_frames
         outputs, value = agent(torch.from_numpy(obs[part]).to(device))
         if greedy or epsilon is not None:
@@ -815,12 +815,12 @@ def collect(agent, halves, num_samples, seed, greedy, on_game_end, epsilon=None)
         decided[part] = mine
 
     stopped = None
-    with half_the_threads(), tqdm(total=num_samples, desc="collect", unit="step",
-                                  dynamic_ncols=True, mininterval=1) as bar:
+    with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
+              mininterval=1) as bar:
         try:
-            for half in halves:
-                decide(*half)
-            playing = list(halves)
+            for envs, part in groups:
+                decide(envs, part)
+            playing = list(groups)
             while playing:
                 for envs, part in playing[:]:
                     obs[part], reward, terminated, truncated, _ = envs.recv()
@@ -930,8 +930,9 @@ def main(args, at_exit):
             raise UsageError(f"--envpool: {teacher_path} is no policy of CleanRL's but "
                              f"{checkpoint['phase']!r:.60}; leave the flag out")
         protocol["restart_stack"] = False
-    halves = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol)
-    for envs, _ in halves:
+    groups = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol,
+                       device)
+    for envs, _ in groups:
         at_exit.callback(envs.close)
     with open(teacher_path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -952,7 +953,7 @@ def main(args, at_exit):
                 for name in ("torch", "numpy", "ale-py", "gymnasium")}
     start_time = time.time()
     arrays, stopped = collect(
-        agent.to(device, memory_format=torch.channels_last), halves, args.num_samples, args.seed,
+        agent.to(device, memory_format=torch.channels_last), groups, args.num_samples, args.seed,
         args.greedy, lambda samples, game_return, length: logger.log(
             {"charts/episodic_return": game_return, "charts/episodic_length": length,
              "charts/SPS": samples / (time.time() - start_time)}, samples), args.epsilon)

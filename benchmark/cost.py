@@ -56,14 +56,16 @@ def training(kind, capacity, batch_size, buffer, args):
             order = torch.randperm(len(values), device=values.device)
             rows_left = iter(order[:len(order) // batch_size * batch_size].split(batch_size))
             rows = next(rows_left)
-        obs = frames.index_select(0, stack_index[rows].flatten()).unflatten(0, (-1, 4))
+        stacks = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
+        obs = torch.stack(stacks, -1).permute(0, 3, 1, 2)
         if kind == "ppo":
             teacher.ppo_update(
-                agent, optimizer, obs, actions[rows], logprobs[rows], values[rows], values[rows],
-                values[rows], max_grad_norm=0.5, clip_coef=0.1, clip_vloss=True, ent_coef=0.01,
-                vf_coef=0.5)
+                agent, optimizer, teacher.minibatch_loss, obs, actions[rows], logprobs[rows],
+                values[rows], values[rows], values[rows], max_grad_norm=0.5, clip_coef=0.1,
+                clip_vloss=True, ent_coef=0.01, vf_coef=0.5)
         else:
-            distill.distill_update(agent, optimizer, obs, probs[rows], values[rows], 0.0)
+            distill.distill_update(agent, optimizer, distill.batch_loss, obs, probs[rows],
+                                   values[rows], 0.0)
         if args.device == "cuda":
             torch.cuda.synchronize()
         return batch_size

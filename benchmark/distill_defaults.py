@@ -90,7 +90,8 @@ class Student:
             used = min(1.0, (self.seconds + now - start) / self.args.seconds)
             self.optimizer.param_groups[0]["lr"] = self.rate * SCHEDULES[self.schedule](used)
             rows = next(self.batches)
-            distill.distill_update(self.agent, self.optimizer, *get_batch(rows), 0.0)
+            distill.distill_update(
+                self.agent, self.optimizer, distill.batch_loss, *get_batch(rows), 0.0)
             self.samples += len(rows)
             now = time.perf_counter()
         self.seconds += now - start

@@ -78,9 +78,9 @@ def q_teacher_score(args):
     num_actions = int(envs.single_action_space.n)
     description, agent = collect.load_foreign(args.q_teacher, env_id, num_actions)
     agent = agent.to(memory_format=torch.channels_last)
-    halves = distill.make_envs(rom, 16, False, 0.0, description["protocol"])
+    groups = distill.make_envs(rom, 16, False, 0.0, description["protocol"])
     policy = epsilon_greedy(agent, 0.05)
-    returns, _ = distill.play(policy, halves, args.eval_steps, args.seed, False)
+    returns, _ = distill.play(policy, groups, args.eval_steps, args.seed, False)
     return distill.summarize(returns) | {"kind": description["phase"]}
 
 

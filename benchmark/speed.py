@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":  # as in the scripts, before torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 import tyro
@@ -54,6 +57,8 @@ class Args:
     """where the networks run"""
     bf16: bool = False
     """train in bfloat16, and the floors too"""
+    compile: bool = False
+    """compile network and loss; the floors stay as they are"""
     cleanrl: str | None = None
     """folder of CleanRL, to measure its `ppo_atari.py` beside the teacher at its own flags"""
     cleanrl_python: str = sys.executable
@@ -76,18 +81,18 @@ def agent_and_optimizer(capacity, args):
     return agent, torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
 
 
-def environment_alone(num_envs):
+def environment_alone(num_envs, args):
     """Step the games with random actions: a function that returns the steps it made."""
-    halves = teacher.make_envs(ROM, num_envs, False, 0.0)
-    for envs, part in halves:
+    groups = teacher.make_envs(ROM, num_envs, False, 0.0, device=args.device)
+    for envs, part in groups:
         envs.reset(seed=teacher.game_seeds(num_envs, 1, 1)[part])
     actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (64, num_envs))
 
     def work():
         for action in actions:
-            for envs, part in halves:
+            for envs, part in groups:
                 envs.send(action[part])
-            for envs, _ in halves:
+            for envs, _ in groups:
                 envs.recv()
         return actions.size
 
@@ -164,7 +169,7 @@ def quiet_folder():
             os.chdir(before)
 
 
-def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=3):
+def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=2):
     """The teacher's own `main`: rollout steps/s, update samples/s, whole steps/s.
 
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
@@ -178,7 +183,7 @@ def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=3):
             teacher.main(teacher.Args(
                 num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches,
                 update_epochs=4, total_timesteps=iterations * batch, eval_steps=0,
-                device=args.device, bf16=args.bf16), at_exit)
+                device=args.device, bf16=args.bf16, compile=args.compile), at_exit)
     finally:
         for name, function in plain.items():
             setattr(teacher, name, function)
@@ -232,15 +237,15 @@ class Enough(Exception):
 def playing(phase, capacity, num_envs, steps, args):
     """`collect` or `play`: steps/s, the games' reset left out."""
     agent, _ = agent_and_optimizer(capacity, args)
-    halves = teacher.make_envs(ROM, num_envs, False, 0.0)
-    envs, part = halves[-1]
+    groups = teacher.make_envs(ROM, num_envs, False, 0.0, device=args.device)
+    envs, part = groups[-1]
     timed = Timed(envs, steps // num_envs)
-    halves[-1] = timed, part
+    groups[-1] = timed, part
     with quiet_folder(), contextlib.suppress(Enough):
         if phase == "collection":
-            collect.collect(agent, halves, 2 * steps, 1, False, lambda *end: None)
+            collect.collect(agent, groups, 2 * steps, 1, False, lambda *end: None)
         else:
-            teacher.play(agent, halves, 10**9, 1, False)
+            teacher.play(agent, groups, 10**9, 1, False)
     return (len(timed.times) - 1) * num_envs / (timed.times[-1] - timed.times[0])
 
 
@@ -262,7 +267,8 @@ def distillation(capacity, samples, args):
         with quiet_folder(), contextlib.suppress(Enough), contextlib.ExitStack() as at_exit:
             distill.main(distill.Args(
                 capacity=capacity, batch_size=args.batch_size, optimizer="adam", eval_steps=0,
-                buffer_path=args.buffer_path, device=args.device, bf16=args.bf16), at_exit)
+                buffer_path=args.buffer_path, device=args.device, bf16=args.bf16,
+                compile=args.compile), at_exit)
     finally:
         distill.distill_update, distill.validate = plain, validate
     warm = len(calls) // 4
@@ -348,7 +354,7 @@ def main(args):
     def add(name, rate):
         rates.setdefault(name, []).append(rate)
 
-    floors = {"env": environment_alone(args.num_envs),
+    floors = {"env": environment_alone(args.num_envs, args),
               "forward high": forward_alone("high", args.num_envs, args)}
     floors |= {f"update {c}": update_alone(c, args.batch_size, args) for c in CAPACITIES}
     for work in floors.values():
@@ -374,8 +380,8 @@ def main(args):
         add("np.load", numpys)
         add("load peak", peak)
         if args.cleanrl:
-            add("ours", ppo_script(args, 8, 4, iterations=5)[2])
-            add("CleanRL", cleanrl_script(args, iterations=5))
+            add("ours", ppo_script(args, 8, 4, iterations=4)[2])
+            add("CleanRL", cleanrl_script(args, iterations=4))
     median = {name: statistics.median(values) for name, values in rates.items()}
 
     def paired(name, floor):

@@ -43,13 +43,13 @@ class Recorder:
 
 
 def record(*games):
-    """The halves of `make_envs(*games)` with a Recorder around each."""
+    """The groups of `make_envs(*games)` with a Recorder around each."""
     return [(Recorder(envs), part) for envs, part in collect.make_envs(*games)]
 
 
-def joined(halves):
+def joined(groups):
     """What the Recorders logged, step by step, over all games; the last step may lack some."""
-    logs = itertools.zip_longest(*(envs.log for envs, _ in halves))
+    logs = itertools.zip_longest(*(envs.log for envs, _ in groups))
     return [[np.concatenate(x) for x in zip(*filter(None, step))] for step in logs]
 
 
@@ -57,13 +57,13 @@ def joined(halves):
 def recording():
     """Breakout, 7 games at once, 2,403 steps, recorded both ways: (arrays, log, agent, ends)."""
     torch.manual_seed(0)
-    halves = record("breakout", 7, False, 0.0)
+    groups = record("breakout", 7, False, 0.0, None, "cuda")  # in two groups, as for a GPU
     agent = opinionated_agent(collect.Agent, "low", 4)
     with torch.no_grad():
         agent.actor.bias[1] = 2  # press FIRE often, so that games end
     ends = []
-    arrays, _ = collect.collect(agent, halves, 2403, 5, False, lambda *end: ends.append(end))
-    return arrays, joined(halves), agent, ends
+    arrays, _ = collect.collect(agent, groups, 2403, 5, False, lambda *end: ends.append(end))
+    return arrays, joined(groups), agent, ends
 
 
 def samples(log, num_samples=2403, num_envs=7):
@@ -95,11 +95,11 @@ def test_steps_are_recorded_as_played(recording):
 
 
 def test_rewards_are_raw():
-    halves = record("up_n_down", 3, False, 0.0)
-    agent = collect.Agent("low", halves[0][0].single_action_space.n)
-    arrays, _ = collect.collect(agent, halves, 300, 1, False, lambda *end: None)
-    log = joined(halves)
-    assert len(set.union(*(envs.seeds for envs, _ in halves))) == 3
+    groups = record("up_n_down", 3, False, 0.0)
+    agent = collect.Agent("low", groups[0][0].single_action_space.n)
+    arrays, _ = collect.collect(agent, groups, 300, 1, False, lambda *end: None)
+    log = joined(groups)
+    assert len(set.union(*(envs.seeds for envs, _ in groups))) == 3
     for i, e, t in samples(log, 300, 3):
         assert arrays["rewards"][i] == log[t][2][e]
     assert arrays["rewards"].max() >= 10
@@ -150,15 +150,15 @@ def test_actions_are_drawn_from_the_stored_probabilities(recording):
 
 def test_greedy_takes_the_most_probable_action():
     agent = opinionated_agent(collect.Agent, "low", 6)
-    halves = collect.make_envs("pong", 2, False, 0.0)
-    arrays, _ = collect.collect(agent, halves, 40, 1, True, lambda *end: None)
+    groups = collect.make_envs("pong", 2, False, 0.0)
+    arrays, _ = collect.collect(agent, groups, 40, 1, True, lambda *end: None)
     np.testing.assert_array_equal(arrays["actions"], arrays["action_probs"].argmax(1))
 
 
 @pytest.mark.parametrize("num_envs", [4, 9])
 def test_fewer_samples_than_games(num_envs):
-    halves = collect.make_envs("pong", num_envs, False, 0.0)
-    arrays, _ = collect.collect(collect.Agent("low", 6), halves, 3, 1, False, lambda *end: None)
+    groups = collect.make_envs("pong", num_envs, False, 0.0)
+    arrays, _ = collect.collect(collect.Agent("low", 6), groups, 3, 1, False, lambda *end: None)
     assert arrays["env_index"].tolist() == [0, 1, 2] == arrays["episode_index"].tolist()
     assert np.isnan(arrays["episode_returns"]).tolist() == [True] * 3
 
@@ -167,8 +167,8 @@ def test_seeds_give_different_games_and_the_same_seed_the_same():
     def play(seed):
         torch.manual_seed(0)
         agent = collect.Agent("low", 6)
-        halves = collect.make_envs("pong", 4, False, 0.0)
-        return collect.collect(agent, halves, 200, seed, False, lambda *end: None)[0]
+        groups = collect.make_envs("pong", 4, False, 0.0)
+        return collect.collect(agent, groups, 200, seed, False, lambda *end: None)[0]
 
     first, again, other = play(1), play(1), play(2)
     for name in first:

@@ -1,6 +1,7 @@
 """Distillation against values worked by hand, and on a small real buffer."""
 
 import math
+import shutil
 
 import actor_distill as distill
 import collect_buffer as collect
@@ -95,7 +96,8 @@ def test_the_other_losses_of_rusu_et_al():
 def test_an_update_by_squared_error_moves_the_student_to_the_q_values():
     agent, (obs, _, values) = distill.Agent("low", 6), random_batch(8)
     optimizer, q = torch.optim.SGD(agent.parameters(), lr=0.0), torch.randn(8, 6)
-    sums = distill.distill_update(agent, optimizer, obs, q, values, 0.0, distill.squared_error)
+    sums = distill.distill_update(agent, optimizer, distill.batch_loss, obs, q, values, 0.0,
+                                  distill.squared_error)
     logits, _ = agent(obs)
     torch.testing.assert_close(agent.actor.bias.grad, 2 * (logits - q).mean(0), atol=1e-5, rtol=0)
     assert sums[0].item() == pytest.approx((logits - q).square().sum().item(), rel=1e-5)
@@ -108,8 +110,23 @@ def random_batch(size):
 
 def gradients(agent, batch, value_coef):
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    distill.distill_update(agent, optimizer, *batch, value_coef)
+    distill.distill_update(agent, optimizer, distill.batch_loss, *batch, value_coef)
     return {name: p.grad for name, p in agent.named_parameters()}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_update_is_the_plain_one():
+    """Same sums, gradients and weights, also for the smaller batch that ends an epoch."""
+    outcomes = []
+    for loss_function in (distill.batch_loss, distill.compiled(distill.batch_loss)):
+        torch.manual_seed(0)
+        agent = distill.Agent("low", 6).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.01)
+        sums = [distill.distill_update(agent, optimizer, loss_function, *random_batch(size), 0.5)
+                for size in (32, 32, 20)]
+        outcomes.append([*sums, *(x.grad for x in agent.parameters()), *agent.parameters()])
+    for plain, other in zip(*outcomes):
+        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value_coef", [0.0, 0.5])

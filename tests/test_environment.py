@@ -3,6 +3,7 @@
 import numpy as np
 import ppo_atari_teacher as teacher
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("env_id", ["MsPacmanNoFrameskip-v4", "ALE/MsPacman-v5", "MsPacman-v5"])
@@ -20,19 +21,21 @@ def test_other_ids_are_refused_with_close_names(env_id, meant):
 
 @pytest.mark.parametrize("rom, num_actions", [("pong", 6), ("breakout", 4), ("ms_pacman", 9)])
 def test_spaces(rom, num_actions):
-    halves = teacher.make_envs(rom, 5, True, 0.0)
-    assert [part for _, part in halves] == [slice(0, 3), slice(3, 5)]
-    for (envs, part), size in zip(halves, (3, 2)):
+    groups = teacher.make_envs(rom, 5, True, 0.0, device=torch.device("cuda:0"))
+    assert [part for _, part in groups] == [slice(0, 3), slice(3, 5)]
+    for (envs, part), size in zip(groups, (3, 2)):
         obs, _ = envs.reset(seed=teacher.game_seeds(5, 1, 1)[part])
         assert (obs.shape, obs.dtype) == ((size, 4, 84, 84), np.uint8)
         assert not obs[:, :3].any() and obs[:, 3].any(), "blank frames before a game's start"
         assert envs.single_action_space.n == num_actions
-    assert [part for _, part in teacher.make_envs(rom, 1, True, 0.0)] == [slice(0, 1)]
+    for device, num_envs in (("cuda", 1), ("cpu", 1), ("cpu", 4)):
+        (_, part), = teacher.make_envs(rom, num_envs, True, 0.0, device=device)
+        assert part == slice(0, num_envs)
 
 
 @pytest.mark.parametrize("life_loss", [True, False])
 def test_lost_lives_end_episodes_in_training_only(life_loss):
-    envs, _ = teacher.make_envs("breakout", 8, life_loss, 0.0)[1]
+    (envs, _), = teacher.make_envs("breakout", 4, life_loss, 0.0)
     _, info = envs.reset(seed=teacher.game_seeds(4, 1, 1))
     rng, lives, frame = np.random.default_rng(0), info["lives"], info["episode_frame_number"]
     lost, games = 0, 0

@@ -9,7 +9,7 @@ import torch
 
 
 class ScriptedGames:
-    """Games of given lengths in the slots of one half; game k of slot e returns 100 e + k."""
+    """Games of given lengths in the slots of one group; game k of slot e returns 100 e + k."""
 
     def __init__(self, lengths, part):
         self.lengths, self.first = lengths[part], part.start
@@ -49,33 +49,33 @@ def test_counts_the_games_begun_within_the_budget(lengths, eval_steps):
         expected += [(100 * e + k, slot[k]) for k in range(len(slot)) if begins[k] < quota]
     middle = (len(lengths) + 1) // 2
     parts = [slice(0, middle), slice(middle, len(lengths))][:len(lengths)]
-    halves = [(ScriptedGames(lengths, part), part) for part in parts]
-    returns, games = teacher.play(agent, halves, eval_steps, 1, False)
+    groups = [(ScriptedGames(lengths, part), part) for part in parts]
+    returns, games = teacher.play(agent, groups, eval_steps, 1, False)
     assert sorted(zip(returns, games)) == sorted(expected)
-    assert len(set.union(*(games.seeds for games, _ in halves))) == len(lengths)
+    assert len(set.union(*(games.seeds for games, _ in groups))) == len(lengths)
 
 
 def test_real_games_are_whole_and_lost_lives_end_nothing():
-    halves = teacher.make_envs("breakout", 3, False, 0.0)
+    groups = teacher.make_envs("breakout", 3, False, 0.0)
     agent = teacher.Agent("low", 4)
     with torch.no_grad():
         agent.actor.bias[1] = 1.0
-    returns, lengths = teacher.play(agent, halves, 600, 1, False)
+    returns, lengths = teacher.play(agent, groups, 600, 1, False)
     assert len(returns) >= 3
     assert min(lengths) > 60, "five lives take longer than this"
 
 
 def test_evaluation_leaves_the_random_state_alone():
-    halves = teacher.make_envs("breakout", 2, False, 0.0)
+    groups = teacher.make_envs("breakout", 2, False, 0.0)
     agent = teacher.Agent("low", 4)
     with torch.no_grad():
         agent.actor.bias[1] = 1.0
     before = torch.get_rng_state()
-    first = teacher.play(agent, halves, 10, 4, False)
+    first = teacher.play(agent, groups, 10, 4, False)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(5)
-    assert teacher.play(agent, halves, 10, 4, False) == first
-    assert teacher.play(agent, halves, 10, 5, False) != first
+    assert teacher.play(agent, groups, 10, 4, False) == first
+    assert teacher.play(agent, groups, 10, 5, False) != first
 
 
 def test_summary_equals_values_worked_by_hand():
@@ -112,6 +112,6 @@ def test_temperature_divides_the_logits():
                                   (1.0, np.exp([2, 1, 0]) / np.exp([2, 1, 0]).sum()),
                                   (1e-6, [1, 0, 0])):
         sent.clear()
-        halves = [(Games([[500]] * 8, slice(0, 8)), slice(0, 8))]
-        teacher.play(Policy(1, 1), halves, 4000, 1, False, temperature)
+        groups = [(Games([[500]] * 8, slice(0, 8)), slice(0, 8))]
+        teacher.play(Policy(1, 1), groups, 4000, 1, False, temperature)
         np.testing.assert_allclose(np.bincount(sent, minlength=3) / len(sent), expected, atol=0.03)

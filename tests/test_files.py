@@ -276,7 +276,8 @@ def full_checkpoint():
     """A distilled student's checkpoint with all its fields, and the flags to resume it with."""
     agent = distill.Agent("low", 6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
-    distill.distill_update(agent, optimizer, torch.zeros((2, 4, 84, 84), dtype=torch.uint8),
+    distill.distill_update(agent, optimizer, distill.batch_loss,
+                           torch.zeros((2, 4, 84, 84), dtype=torch.uint8),
                            torch.full((2, 6), 1 / 6), torch.zeros(2), 0.5)
     args = distill.Args(capacity="low")
     state = distill.training_state(agent, optimizer)

@@ -212,7 +212,7 @@ def test_a_stack_begins_as_in_the_sources_wrappers(game, press, steps):
                           reward_clipping=False, **collect.preprocessing())
     num_actions = int(bare.single_action_space.n)
     all_envs = blank, repeated, running = [
-        collect.make_envs(game, 6, False, 0.0, FIRE | {
+        collect.make_envs(game, 3, False, 0.0, FIRE | {
             "repeat_first_frame": repeat, "restart_stack": restart})[0][0]
         for repeat, restart in ((False, True), (True, True), (True, False))]
     seeds = collect.game_seeds(3, 1)
@@ -252,7 +252,7 @@ def test_a_stack_begins_as_in_the_sources_wrappers(game, press, steps):
 def test_without_the_protocol_the_games_are_untouched():
     bare = AtariVectorEnv("breakout", 2, autoreset_mode=AutoresetMode.SAME_STEP,
                           reward_clipping=False, **collect.preprocessing())
-    (games, _), _ = collect.make_envs("breakout", 4, False, 0.0)
+    (games, _), = collect.make_envs("breakout", 2, False, 0.0)
     seeds = collect.game_seeds(2, 1)
     pairs = [(bare.reset(seed=seeds)[0], games.reset(seed=seeds)[0])]
     for action in np.random.default_rng(0).integers(0, ACTIONS, (300, 2)):
@@ -279,11 +279,11 @@ class Idle(nn.Module):
 def test_games_end_only_where_fire_is_pressed():
     ends = {True: [], False: []}
     for fire in (True, False):
-        halves = collect.make_envs("breakout", 2, False, 0.0, FIRE | {"fire_on_life_loss": fire})
-        collect.collect(Idle(), halves, 1000, 1, False, lambda *end: ends[fire].append(end))
+        groups = collect.make_envs("breakout", 2, False, 0.0, FIRE | {"fire_on_life_loss": fire})
+        collect.collect(Idle(), groups, 1000, 1, False, lambda *end: ends[fire].append(end))
     assert len(ends[True]) >= 4 and not ends[False]
-    halves = distill.make_envs("breakout", 2, False, 0.0, FIRE)
-    assert len(distill.play(Idle(), halves, 300, 1, False)[0]) >= 2
+    groups = distill.make_envs("breakout", 2, False, 0.0, FIRE)
+    assert len(distill.play(Idle(), groups, 300, 1, False)[0]) >= 2
 
 
 @pytest.mark.parametrize("game, repeat, restart", [
@@ -292,8 +292,9 @@ def test_games_end_only_where_fire_is_pressed():
 def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat, restart):
     """Also where the recording is cut short, after 1,200 of its 2,500 samples."""
     protocol = FIRE | {"repeat_first_frame": repeat, "restart_stack": restart}
-    halves = []
-    for envs, part in collect.make_envs(game, 3, False, 0.0, protocol):
+    groups = []
+    device = "cpu" if repeat else "cuda"  # one group of games or two
+    for envs, part in collect.make_envs(game, 3, False, 0.0, protocol, device):
         recorder = Recorder(envs)
         recorder.pressed, send = [], recorder.send
 
@@ -302,7 +303,7 @@ def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat, restart
             send(action)
 
         recorder.send = send_and_note
-        halves.append((recorder, part))
+        groups.append((recorder, part))
     agent = collect.Agent("low", int(envs.single_action_space.n))
     recv, cut_short = recorder.recv, not repeat or game == "ms_pacman"
 
@@ -312,10 +313,10 @@ def test_pressed_steps_are_not_recorded_and_all_others_are(game, repeat, restart
         return recv()
 
     recorder.recv = receive_or_stop
-    arrays, stopped = collect.collect(agent, halves, 2500, 1, False, lambda *end: None)
+    arrays, stopped = collect.collect(agent, groups, 2500, 1, False, lambda *end: None)
     assert (stopped is not None) == cut_short == (len(arrays["actions"]) < 2500)
     presses = 0
-    for envs, part in halves:
+    for envs, part in groups:
         for e in range(part.start, part.stop):
             rows = np.flatnonzero(arrays["env_index"] == e)
             row, rewards, dones = -1, np.zeros(len(rows)), np.zeros(len(rows), bool)
@@ -425,9 +426,9 @@ def test_finetuning_follows_the_protocol_and_learns_nothing_from_pressed_steps(
                 "evaluation": None, "protocol": FIRE, "teacher": None}, "student.pt")
     update, seen, sent = finetune.ppo_update, [], []
 
-    def spy(agent, optimizer, obs, actions, logprobs, advantages, *rest, **more):
-        seen.append(advantages)
-        return update(agent, optimizer, obs, actions, logprobs, advantages, *rest, **more)
+    def spy(agent, optimizer, loss_function, *batch, **more):
+        seen.append(batch[3])  # the advantages
+        return update(agent, optimizer, loss_function, *batch, **more)
 
     send = finetune.Games.send
     monkeypatch.setattr(finetune, "ppo_update", spy)

@@ -172,7 +172,7 @@ def test_a_signal_ends_a_collection_with_a_shorter_whole_buffer(chain, number, t
 def test_a_stopped_collection_equals_the_start_of_the_whole_one():
     """Stop after 30 whole steps of 7 games: every array is that of the longer recording.
 
-    The first half of the games is then a step ahead of the second.
+    Of two groups of games the first is then a step ahead of the second.
     """
     class Stopping:
         def __init__(self, envs, steps):
@@ -187,11 +187,11 @@ def test_a_stopped_collection_equals_the_start_of_the_whole_one():
             self.left -= 1
             return self.envs.recv()
 
-    def record(steps, half=1):
+    def record(steps, group=1):
         torch.manual_seed(0)
-        halves = collect.make_envs("breakout", 7, False, 0.0)
-        halves[half] = Stopping(halves[half][0], steps), halves[half][1]
-        return collect.collect(collect.Agent("low", 4), halves, 703, 1, False, lambda *end: None)
+        groups = collect.make_envs("breakout", 7, False, 0.0, device="cuda")
+        groups[group] = Stopping(groups[group][0], steps), groups[group][1]
+        return collect.collect(collect.Agent("low", 4), groups, 703, 1, False, lambda *end: None)
 
     (whole, nothing), (short, stopped) = record(10**9), record(30)
     assert nothing is None and stopped.args == (signal.SIGTERM,)
@@ -204,7 +204,7 @@ def test_a_stopped_collection_equals_the_start_of_the_whole_one():
     assert len(short["frames"]) == 215 and len(short["values"]) == 214
     assert (np.diff(short["episode_index"], prepend=0) <= 1).all()
     with pytest.raises(KeyboardInterrupt):
-        record(0, half=0)
+        record(0, group=0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, opinionated_agent
-from ppo_atari_teacher import Agent, half_the_threads, ppo_loss, sample_actions
+from ppo_atari_teacher import Agent, ppo_loss, sample_actions
 
 
 def gradient(agent, obs, actions, advantages, returns):
@@ -100,16 +100,3 @@ def test_sampled_actions_follow_the_softmax():
     shares = torch.bincount(draws, minlength=4) / len(draws)
     # five standard errors of a share of 0.5 among 200,000 draws are 0.0056
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.0056, rtol=0)
-
-
-def test_threads_are_given_back():
-    before = torch.get_num_threads()
-    try:
-        for threads, half in ((4, 2), (1, 1)):
-            torch.set_num_threads(threads)
-            with pytest.raises(KeyboardInterrupt), half_the_threads():
-                assert torch.get_num_threads() == half
-                raise KeyboardInterrupt
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)

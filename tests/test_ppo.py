@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 
 import numpy as np
 import ppo_atari_teacher as teacher
@@ -101,10 +102,35 @@ def test_update_bounds_the_gradient():
     optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
     before = copy.deepcopy(agent)
     obs, actions, logprobs, advantages, returns, values = random_minibatch()
-    teacher.ppo_update(agent, optimizer, obs, actions, logprobs, 1e4 * advantages, returns, values,
-                       **COEFFICIENTS)
+    teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, obs, actions, logprobs,
+                       1e4 * advantages, returns, values, **COEFFICIENTS)
     moved = [a - b for a, b in zip(agent.parameters(), before.parameters())]
     assert math.isclose(torch.cat([x.flatten() for x in moved]).norm().item(), 0.5, rel_tol=1e-3)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_compiled_update_is_the_plain_one(bf16):
+    """Same statistics, gradients and weights; the outputs of earlier calls stay as they were."""
+    tolerance = dict(atol=3e-3, rtol=0.05) if bf16 else dict(atol=1e-5, rtol=1e-4)
+    outcomes = []
+    for loss_function in (teacher.minibatch_loss, teacher.compiled(teacher.minibatch_loss)):
+        torch.manual_seed(0)
+        agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
+        agent.bf16 = bf16
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.01)
+        statistics = [teacher.ppo_update(agent, optimizer, loss_function, *random_minibatch(),
+                                         **COEFFICIENTS) for _ in range(2)]
+        outcomes.append([*statistics, *(x.grad for x in agent.parameters()), *agent.parameters()])
+    for plain, other in zip(*outcomes):
+        torch.testing.assert_close(other, plain, **tolerance)
+    assert not torch.equal(*outcomes[1][:2])
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(teacher.UsageError, match="--compile: .* no-such-compiler"):
+        teacher.compiled(teacher.minibatch_loss)
 
 
 def test_frozen_body_leaves_the_policy_bit_identical():
@@ -115,7 +141,8 @@ def test_frozen_body_leaves_the_policy_bit_identical():
     agent.network.requires_grad_(False)
     agent.actor.requires_grad_(False)
     for _ in range(3):
-        teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
+        teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, *random_minibatch(),
+                           **COEFFICIENTS)
     new_logits, new_values = agent(obs)
     assert torch.equal(logits, new_logits)
     assert not torch.allclose(values, new_values)
@@ -126,7 +153,7 @@ def test_loaded_optimizer_goes_on_as_if_never_saved(tmp_path):
     agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
     for batch in batches[:3]:
-        teacher.ppo_update(agent, optimizer, *batch, **COEFFICIENTS)
+        teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, *batch, **COEFFICIENTS)
     # contiguous moments, as a file written by other code may hold them
     state = copy.deepcopy(optimizer.state_dict())
     for moments in state["state"].values():
@@ -140,8 +167,9 @@ def test_loaded_optimizer_goes_on_as_if_never_saved(tmp_path):
     resumed_optimizer = torch.optim.Adam(resumed.parameters(), lr=1e-3, eps=1e-5, fused=True)
     teacher.restore("saved.pt", saved, "ppo", args, resumed, resumed_optimizer)
     for batch in batches[3:]:
-        teacher.ppo_update(agent, optimizer, *batch, **COEFFICIENTS)
-        teacher.ppo_update(resumed, resumed_optimizer, *batch, **COEFFICIENTS)
+        teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, *batch, **COEFFICIENTS)
+        teacher.ppo_update(resumed, resumed_optimizer, teacher.minibatch_loss, *batch,
+                           **COEFFICIENTS)
     for a, b in zip(agent.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
 
@@ -150,10 +178,12 @@ def test_a_kept_training_state_is_not_moved_by_later_updates():
     """A signal in mid-iteration writes the state after the last whole one, nothing under way."""
     agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
-    teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
+    teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, *random_minibatch(),
+                       **COEFFICIENTS)
     state = teacher.training_state(agent, optimizer)
     before = copy.deepcopy(state)
-    teacher.ppo_update(agent, optimizer, *random_minibatch(), **COEFFICIENTS)
+    teacher.ppo_update(agent, optimizer, teacher.minibatch_loss, *random_minibatch(),
+                       **COEFFICIENTS)
     for name, weight in agent.state_dict().items():
         assert torch.equal(state["model"][name], before["model"][name])
         assert not torch.equal(state["model"][name], weight)
@@ -182,20 +212,19 @@ def test_logged_returns_are_raw_rewards_over_full_games(game, rom, num_steps, tm
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))
 
     teacher.set_up_torch(args)
-    games = [envs for envs, _ in teacher.make_envs(rom, 2, False, 0.0)]
-    agent = teacher.Agent("low", games[0].single_action_space.n)
+    (games, _), = teacher.make_envs(rom, 2, False, 0.0)
+    agent = teacher.Agent("low", games.single_action_space.n)
     agent = agent.to(memory_format=torch.channels_last)
-    seeds = teacher.game_seeds(2, args.seed, 1, 0)
-    obs = [envs.reset(seed=seeds[e:e + 1])[0] for e, envs in enumerate(games)]
+    obs, _ = games.reset(seed=teacher.game_seeds(2, args.seed, 1, 0))
     total, returns, lengths, began = np.zeros(2), [], [], np.zeros(2)
-    for t, (e, envs) in itertools.product(range(num_steps), enumerate(games)):
+    for t in range(num_steps):
         with torch.no_grad():
-            action = teacher.sample_actions(agent(torch.from_numpy(obs[e]))[0])
-        obs[e], reward, terminated, truncated, _ = envs.step(action.numpy())
-        total[e] += reward[0]
-        if terminated | truncated:
-            returns.append((2 * t + e + 1, total[e]))
-            lengths.append((2 * t + e + 1, t + 1 - began[e]))
+            action = teacher.sample_actions(agent(torch.from_numpy(obs))[0])
+        obs, reward, terminated, truncated, _ = games.step(action.numpy())
+        total += reward
+        for e in np.flatnonzero(terminated | truncated):
+            returns.append((2 * t + 2, total[e]))
+            lengths.append((2 * t + 2, t + 1 - began[e]))
             total[e], began[e] = 0, t + 1
     assert len(returns) >= 2
     assert scalars["charts/episodic_return"] == returns
@@ -227,12 +256,18 @@ def test_truncation_bootstraps_and_nothing_else_does(tmp_path, monkeypatch):
     assert ends.sum() > 24, "lost lives end episodes too"
 
 
-def test_every_pass_sees_the_whole_rollout_once(tmp_path, monkeypatch):
-    """What training hands to the update: every sample once a pass, its parts still together."""
-    monkeypatch.chdir(tmp_path)
-    minibatches, agents, rollouts = [], [], []
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_pass_sees_the_whole_rollout_once(device, tmp_path, monkeypatch):
+    """What training hands to the update: every sample once a pass, its parts still together.
 
-    def update(agent, optimizer, *batch, **coefficients):
+    Also with the games in two groups as on a GPU.
+    """
+    monkeypatch.chdir(tmp_path)
+    minibatches, agents, rollouts, make_envs = [], [], [], teacher.make_envs
+    monkeypatch.setattr(teacher, "make_envs",
+                        lambda *games, **_: make_envs(*games, device=device))
+
+    def update(agent, optimizer, loss_function, *batch, **coefficients):
         agents.append(agent)
         minibatches.append(batch)
         return torch.zeros(6)
