@@ -4,7 +4,7 @@
     python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
 A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
-the same work, measured in turn with it: the games stepped with random actions, the network's
+the same work, measured right before it: the games stepped with random actions, the network's
 forward pass on a batch in place, one optimiser step on a batch in place. Machines are noisy, so
 rates are medians over alternating repeats, and the ratio to the floor is the figure to look at.
 With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
@@ -47,8 +47,8 @@ CAPACITIES = ("high", "medium", "low")
 class Args:
     repeats: int = 5
     """repeats of each measurement; the medians are reported"""
-    seconds: float = 1.0
-    """length of one repeat, about"""
+    seconds: float = 0.5
+    """length of one measurement of a floor"""
     num_envs: int = 16
     """games played at once"""
     batch_size: int = 256
@@ -169,7 +169,7 @@ def quiet_folder():
             os.chdir(before)
 
 
-def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=2):
+def ppo_script(args, num_envs, num_minibatches, update_epochs, iterations=2):
     """The teacher's own `main`: rollout steps/s, update samples/s, whole steps/s.
 
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
@@ -177,12 +177,12 @@ def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=2):
     """
     watch = Stopwatch()
     plain = {name: watch.mark(teacher, name) for name in ("gae", "ppo_update")}
-    batch = num_envs * num_steps
+    batch = num_envs * 128
     try:
         with quiet_folder(), contextlib.ExitStack() as at_exit:
             teacher.main(teacher.Args(
-                num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches,
-                update_epochs=4, total_timesteps=iterations * batch, eval_steps=0,
+                num_envs=num_envs, num_steps=128, num_minibatches=num_minibatches,
+                update_epochs=update_epochs, total_timesteps=iterations * batch, eval_steps=0,
                 device=args.device, bf16=args.bf16, compile=args.compile), at_exit)
     finally:
         for name, function in plain.items():
@@ -194,7 +194,7 @@ def ppo_script(args, num_envs, num_minibatches, num_steps=128, iterations=2):
     rollout = statistics.median(begun[i + 1] - ended[i] for i in range(len(begun) - 1))
     update = statistics.median(ended[i] - begun[i] for i in range(1, len(begun)))
     whole = (begun[-1] - begun[0]) / (len(begun) - 1)
-    return batch / rollout, 4 * batch / update, batch / whole
+    return batch / rollout, update_epochs * batch / update, batch / whole
 
 
 def cleanrl_script(args, iterations=4):
@@ -359,28 +359,36 @@ def main(args):
     floors |= {f"update {c}": update_alone(c, args.batch_size, args) for c in CAPACITIES}
     for work in floors.values():
         work()
-    steps = 1024 * max(1, round(args.seconds))
+
+    def add_floors(phase, *names):
+        """Measure floors right beside a phase, whose ratio then suffers least from a noisy hour."""
+        for name in names:
+            add(f"{phase}: {name}", until(args.seconds, floors[name]))
+
     for repeat in range(args.repeats):
         print(f"repeat {repeat + 1} of {args.repeats}, at {time.time() - started:.0f} s",
               file=sys.stderr)
-        for name, work in floors.items():
-            add(name, until(args.seconds, work))
+        add_floors("ppo", "env", "forward high", "update high")
         rollout, update, whole = ppo_script(
-            args, args.num_envs, args.num_envs * 128 // args.batch_size)
-        add("rollout", rollout)
+            args, args.num_envs, args.num_envs * 128 // args.batch_size, 2)
+        add("ppo rollout", rollout)
         add("ppo update", update)
         add("ppo whole", whole)
         for phase in ("collection", "evaluation"):
-            add(phase, playing(phase, "high", args.num_envs, 2 * steps, args))
+            add_floors(phase, "env", "forward high")
+            add(phase, playing(phase, "high", args.num_envs, 2048, args))
         for capacity in CAPACITIES:
-            add(f"distil {capacity}", distillation(capacity, 24 * args.batch_size, args))
-        add("plain loop", plain_loop(16 * args.batch_size, args))
+            add_floors("distillation", f"update {capacity}")
+            add(f"distillation {capacity}",
+                distillation(capacity, 24 * args.batch_size, args))
+            if capacity == "medium":
+                add("plain loop", plain_loop(16 * args.batch_size, args))
         ours, numpys, peak = loading(args.buffer_path)
         add("load", ours)
         add("np.load", numpys)
         add("load peak", peak)
         if args.cleanrl:
-            add("ours", ppo_script(args, 8, 4, iterations=4)[2])
+            add("ours", ppo_script(args, 8, 4, 4, iterations=4)[2])
             add("CleanRL", cleanrl_script(args, iterations=4))
     median = {name: statistics.median(values) for name, values in rates.items()}
 
@@ -389,21 +397,21 @@ def main(args):
         each = [{key: values[i] for key, values in rates.items()} for i in range(args.repeats)]
         return statistics.median(x[name] / floor(x) for x in each)
 
-    def play_floor(x):
-        return 1 / (1 / x["env"] + 1 / x["forward high"])
+    def play_floor(phase):
+        return lambda x: 1 / (1 / x[f"{phase}: env"] + 1 / x[f"{phase}: forward high"])
 
     def whole_floor(x):
-        return 1 / (1 / play_floor(x) + 4 / x["update high"])
+        return 1 / (1 / play_floor("ppo")(x) + 2 / x["ppo: update high"])
 
     table = []
     for label, name, floor, unit in (
-            ("rollout, high", "rollout", play_floor, "steps/s"),
-            ("PPO update, high", "ppo update", lambda x: x["update high"], "samples/s"),
-            ("PPO whole, 4 epochs", "ppo whole", whole_floor, "steps/s"),
-            ("collection, high", "collection", play_floor, "steps/s"),
-            ("evaluation, high", "evaluation", play_floor, "steps/s"),
-            *((f"distillation, {c}", f"distil {c}", lambda x, c=c: x[f"update {c}"], "samples/s")
-              for c in CAPACITIES),
+            ("rollout, high", "ppo rollout", play_floor("ppo"), "steps/s"),
+            ("PPO update, high", "ppo update", lambda x: x["ppo: update high"], "samples/s"),
+            ("PPO whole, 2 epochs", "ppo whole", whole_floor, "steps/s"),
+            ("collection, high", "collection", play_floor("collection"), "steps/s"),
+            ("evaluation, high", "evaluation", play_floor("evaluation"), "steps/s"),
+            *((f"distillation, {c}", f"distillation {c}",
+               lambda x, c=c: x[f"distillation: update {c}"], "samples/s") for c in CAPACITIES),
             ("loading a buffer", "load", lambda x: x["np.load"], "MB/s")):
         table.append({"phase": label, "rate": median[name], "unit": unit,
                       "floor": floor(median), "ratio": paired(name, floor)})
@@ -416,7 +424,7 @@ def main(args):
         "python": platform.python_version(),
         "seconds": round(time.time() - started), "flags": vars(args), "rates": rates,
         "table": table, "medium distillation over a plain loop":
-            paired("distil medium", lambda x: x["plain loop"]),
+            paired("distillation medium", lambda x: x["plain loop"]),
         "PPO whole over CleanRL": paired("ours", lambda x: x["CleanRL"])
             if args.cleanrl else None,
         "peak memory of loading over the arrays": median["load peak"],

@@ -53,19 +53,29 @@ def test_state_dict_has_cleanrls_names():
 
 
 @pytest.mark.parametrize("capacity", ["high", "medium", "low"])
-def test_forward_equals_plain_convolutions(capacity):
+def test_outputs_and_gradients_are_those_of_plain_convolutions(capacity):
+    """In the plain order of memory, with every pixel divided by 255; both layouts of the bytes."""
     agent = Agent(capacity, 9).to(memory_format=torch.channels_last)
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
-    w = {name: p.contiguous() for name, p in agent.state_dict().items()}
+    w = {name: p.detach().contiguous().clone().requires_grad_()
+         for name, p in agent.named_parameters()}
     x = obs.float() / 255
     for layer, stride in ((0, 4), (2, 2), (4, 1)):
         x = F.relu(F.conv2d(x, w[f"network.{layer}.weight"], w[f"network.{layer}.bias"], stride))
     x = F.relu(x.flatten(1) @ w["network.7.weight"].T + w["network.7.bias"])
-    logits, values = agent(obs)
-    assert values.shape == (5,)
-    torch.testing.assert_close(logits, x @ w["actor.weight"].T + w["actor.bias"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(values, (x @ w["critic.weight"].T + w["critic.bias"])[:, 0],
-                               atol=1e-5, rtol=0)
+    expected = (x @ w["actor.weight"].T + w["actor.bias"],
+                (x @ w["critic.weight"].T + w["critic.bias"])[:, 0])
+    logits_weights, values_weights = torch.randn(5, 9), torch.randn(5)
+    ((expected[0] * logits_weights).sum() + (expected[1] * values_weights).sum()).backward()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        logits, values = agent(obs.contiguous(memory_format=layout))
+        assert values.shape == (5,)
+        torch.testing.assert_close(logits, expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, expected[1], atol=1e-5, rtol=0)
+        agent.zero_grad()
+        ((logits * logits_weights).sum() + (values * values_weights).sum()).backward()
+        for name, parameter in agent.named_parameters():
+            torch.testing.assert_close(parameter.grad, w[name].grad, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
