@@ -4,9 +4,9 @@
     python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
 A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
-the same work, measured right before it: the games stepped with random actions, the network's
-forward pass on a batch in place, one optimiser step on a batch in place. Machines are noisy, so
-rates are medians over alternating repeats, and the ratio to the floor is the figure to look at.
+the same work, measured before it in every repeat: the games stepped with random actions, the
+network's forward pass on a batch in place, one optimiser step on a batch in place. Machines are
+noisy, so all rates are medians, and the ratio of two of them is the figure to look at.
 With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
 torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2 and NumPy 1.26).
 Writes `benchmark/results/speed.{md,json}`.
@@ -360,27 +360,25 @@ def main(args):
     for work in floors.values():
         work()
 
-    def add_floors(phase, *names):
-        """Measure floors right beside a phase, whose ratio then suffers least from a noisy hour."""
+    def add_floors(*names):
         for name in names:
-            add(f"{phase}: {name}", until(args.seconds, floors[name]))
+            add(name, until(args.seconds, floors[name]))
 
     for repeat in range(args.repeats):
         print(f"repeat {repeat + 1} of {args.repeats}, at {time.time() - started:.0f} s",
               file=sys.stderr)
-        add_floors("ppo", "env", "forward high", "update high")
+        add_floors("env", "forward high", "update high")
         rollout, update, whole = ppo_script(
             args, args.num_envs, args.num_envs * 128 // args.batch_size, 2)
         add("ppo rollout", rollout)
         add("ppo update", update)
         add("ppo whole", whole)
         for phase in ("collection", "evaluation"):
-            add_floors(phase, "env", "forward high")
+            add_floors("env", "forward high")
             add(phase, playing(phase, "high", args.num_envs, 2048, args))
         for capacity in CAPACITIES:
-            add_floors("distillation", f"update {capacity}")
-            add(f"distillation {capacity}",
-                distillation(capacity, 24 * args.batch_size, args))
+            add_floors(f"update {capacity}")
+            add(f"distillation {capacity}", distillation(capacity, 24 * args.batch_size, args))
             if capacity == "medium":
                 add("plain loop", plain_loop(16 * args.batch_size, args))
         ours, numpys, peak = loading(args.buffer_path)
@@ -392,29 +390,20 @@ def main(args):
             add("CleanRL", cleanrl_script(args, iterations=4))
     median = {name: statistics.median(values) for name, values in rates.items()}
 
-    def paired(name, floor):
-        """Median over the repeats of a rate over its floor, `floor` taking one repeat's rates."""
-        each = [{key: values[i] for key, values in rates.items()} for i in range(args.repeats)]
-        return statistics.median(x[name] / floor(x) for x in each)
-
-    def play_floor(phase):
-        return lambda x: 1 / (1 / x[f"{phase}: env"] + 1 / x[f"{phase}: forward high"])
-
-    def whole_floor(x):
-        return 1 / (1 / play_floor("ppo")(x) + 2 / x["ppo: update high"])
-
+    play_floor = 1 / (1 / median["env"] + 1 / median["forward high"])
+    whole_floor = 1 / (1 / play_floor + 2 / median["update high"])
     table = []
     for label, name, floor, unit in (
-            ("rollout, high", "ppo rollout", play_floor("ppo"), "steps/s"),
-            ("PPO update, high", "ppo update", lambda x: x["ppo: update high"], "samples/s"),
+            ("rollout, high", "ppo rollout", play_floor, "steps/s"),
+            ("PPO update, high", "ppo update", median["update high"], "samples/s"),
             ("PPO whole, 2 epochs", "ppo whole", whole_floor, "steps/s"),
-            ("collection, high", "collection", play_floor("collection"), "steps/s"),
-            ("evaluation, high", "evaluation", play_floor("evaluation"), "steps/s"),
-            *((f"distillation, {c}", f"distillation {c}",
-               lambda x, c=c: x[f"distillation: update {c}"], "samples/s") for c in CAPACITIES),
-            ("loading a buffer", "load", lambda x: x["np.load"], "MB/s")):
-        table.append({"phase": label, "rate": median[name], "unit": unit,
-                      "floor": floor(median), "ratio": paired(name, floor)})
+            ("collection, high", "collection", play_floor, "steps/s"),
+            ("evaluation, high", "evaluation", play_floor, "steps/s"),
+            *((f"distillation, {c}", f"distillation {c}", median[f"update {c}"], "samples/s")
+              for c in CAPACITIES),
+            ("loading a buffer", "load", median["np.load"], "MB/s")):
+        table.append({"phase": label, "rate": median[name], "unit": unit, "floor": floor,
+                      "ratio": median[name] / floor})
     decisions = {c: decision(c) for c in CAPACITIES}
     result = {
         "command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]]),
@@ -424,8 +413,8 @@ def main(args):
         "python": platform.python_version(),
         "seconds": round(time.time() - started), "flags": vars(args), "rates": rates,
         "table": table, "medium distillation over a plain loop":
-            paired("distillation medium", lambda x: x["plain loop"]),
-        "PPO whole over CleanRL": paired("ours", lambda x: x["CleanRL"])
+            median["distillation medium"] / median["plain loop"],
+        "PPO whole over CleanRL": median["ours"] / median["CleanRL"]
             if args.cleanrl else None,
         "peak memory of loading over the arrays": median["load peak"],
         "decisions": decisions, "peak memory MB": resource.getrusage(
