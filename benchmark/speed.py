@@ -202,12 +202,14 @@ def cleanrl_script(args, iterations=4):
     code = ("import ale_py, runpy, sys\n"
             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     flags = f"--env-id {GAME} --total-timesteps {iterations * 1024}".split()
+    environment = {**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}
+    environment.pop("GOMP_SPINCOUNT", None)
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [args.cleanrl_python, "-c", code, str(Path(args.cleanrl, "cleanrl/ppo_atari.py")),
+            [os.path.abspath(args.cleanrl_python), "-c", code,
+             os.path.abspath(f"{args.cleanrl}/cleanrl/ppo_atari.py"),
              *flags, *([] if args.device == "cuda" else ["--no-cuda"])],
-            env={**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}, cwd=folder,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         times = [time.perf_counter() for line in process.stdout if line.startswith("SPS")]
     if process.wait() or len(times) < 2:
         sys.exit(f"--cleanrl {args.cleanrl}: failed: {process.stderr.read()[-500:]}")
