@@ -792,18 +792,21 @@ def minibatch_loss(agent, obs, *batch, **coefficients):
 
 
 def compiled(function):
-    """Compile a function of tensors and networks, on a GPU to CUDA graphs, at its first call.
+    """Compile a function of tensors and networks, on a GPU to CUDA graphs, when first called.
 
-    What it returns lasts until its next call; batches of another size are compiled anew.
-
-    Raises:
-        UsageError: if torch.compile cannot work here.
+    What it returns lasts until its next call; batches of another size are compiled anew. A call
+    raises UsageError where torch.compile cannot do it, as without a C++ compiler.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
-        raise UsageError(f"--compile: needs a C++ compiler and finds no {compiler}; install it, or "
-                         "leave --compile out")
-    return torch.compile(function, mode="reduce-overhead", dynamic=False)
+    fast = torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+    def call(*args, **kwargs):
+        try:
+            return fast(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            problem = str(error).splitlines()[0]
+            raise UsageError(f"--compile: {problem:.300}; mend that, or leave it out") from None
+
+    return call
 
 
 def ppo_update(agent, optimizer, loss_function, *batch, max_grad_norm, **coefficients):
@@ -913,8 +916,7 @@ def main(args, at_exit):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # for a rollout's frames
     check_flags(args, num_steps=(1, memory // (args.num_envs * 4 * 84 * 84)))
     device = set_up_torch(args)
-    groups = make_envs(rom, args.num_envs, True, args.repeat_action_probability,
-                       device=device)
+    groups = make_envs(rom, args.num_envs, True, args.repeat_action_probability, device=device)
     for envs, _ in groups:
         at_exit.callback(envs.close)
     num_actions = int(envs.single_action_space.n)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, run_script
 
 # lines of code that a script may have
@@ -110,3 +111,17 @@ def test_paper_values_are_the_defaults():
     import ppo_atari_teacher
     args = vars(ppo_atari_teacher.Args())
     assert {name: args[name] for name in paper} == paper
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available() or sys.platform != "linux",
+                    reason="GNU OpenMP only")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_openmp_spins_briefly_unless_told_otherwise(script, tmp_path, monkeypatch):
+    """Set before torch is imported; libgomp itself says what it has read."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for told, expected in ((None, 10000), ("77", 77)):
+        if told:
+            monkeypatch.setenv("GOMP_SPINCOUNT", told)
+        result = run_script(tmp_path, script, "--help")
+        assert re.search(rf"GOMP_SPINCOUNT = '{expected}'", result.stderr), result.stderr

@@ -211,6 +211,56 @@ def test_other_ids_of_a_game_end_up_in_the_same_place(chain, tmp_path):
     assert checkpoint["env_id"] == "MsPacmanNoFrameskip-v4" and checkpoint["num_actions"] == 9
 
 
+@pytest.mark.parametrize("script", ["ppo_atari_teacher", "actor_distill", "finetune_student"])
+def test_every_update_is_compiled_with_the_flag_only(chain, script, tmp_path, monkeypatch):
+    """And the games that are played know where the network is."""
+    monkeypatch.chdir(tmp_path)
+    module, compiled, devices = importlib.import_module(script), [], []
+    loss = "batch_loss" if script == "actor_distill" else "minibatch_loss"
+    update = "distill_update" if script == "actor_distill" else "ppo_update"
+    monkeypatch.setattr(module, "compiled", lambda function: lambda *x, **y: (
+        compiled.append(function.__name__), function(*x, **y))[1])
+    plain_update, plain_envs, updates = getattr(module, update), module.make_envs, []
+    monkeypatch.setattr(module, update, lambda *x, **y: (
+        updates.append(1), plain_update(*x, **y))[1])
+
+    def make_envs(rom, num_envs, life_loss, sticky, protocol=None, device=None):
+        if num_envs > 1:
+            devices.append(device)
+        return plain_envs(rom, num_envs, life_loss, sticky, protocol, "cpu")
+
+    monkeypatch.setattr(module, "make_envs", make_envs)
+    flags = {"num_envs": 2, "eval_steps": 1, "device": "cpu", "save_path": "x.pt"}
+    if script == "actor_distill":
+        flags |= {"epochs": 1, "buffer_path": str(chain[0] / f"buffers/{GAME}.npz")}
+    else:
+        flags |= {"num_steps": 8, "num_minibatches": 2, "total_timesteps": 16, "update_epochs": 1}
+    if script == "finetune_student":
+        flags["student_path"] = str(chain[0] / f"checkpoints/{GAME}/distilled_medium.pt")
+    monkeypatch.setattr(module, "play", lambda *x: ([1.0], [1]))
+    run_main(module, module.Args(**flags))
+    assert updates and not compiled
+    updates.clear()
+    run_main(module, module.Args(**flags, compile=True, overwrite=True))
+    assert compiled == [loss] * len(updates) and updates
+    assert devices and all(device == torch.device("cpu") for device in devices)
+
+
+def test_collection_tells_its_games_where_the_network_is(chain, tmp_path, monkeypatch):
+    collect = importlib.import_module("collect_buffer")
+    plain, devices = collect.make_envs, []
+
+    def make_envs(rom, num_envs, life_loss, sticky, protocol=None, device=None):
+        devices.append((num_envs, device))
+        return plain(rom, num_envs, life_loss, sticky, protocol, "cpu")
+
+    monkeypatch.setattr(collect, "make_envs", make_envs)
+    run_main(collect, collect.Args(
+        num_samples=20, num_envs=2, device="cpu", buffer_path=str(tmp_path / "x.npz"),
+        teacher_path=str(chain[0] / f"checkpoints/{GAME}/ppo_high.pt")))
+    assert (2, torch.device("cpu")) in devices
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("script, update", [
     ("ppo_atari_teacher", "ppo_update"), ("actor_distill", "distill_update"),
