@@ -1,13 +1,15 @@
 """The four scripts as a user runs them: chained by default paths, tracked, resumed, evaluated."""
 
 import importlib
+import inspect
 import json
 import re
 
+import actor_distill
 import numpy as np
 import pytest
 import torch
-from conftest import PHASES, SCRIPTS, SMALL_PPO, run_main, run_script
+from conftest import PHASES, ROOT, SCRIPTS, SMALL_PPO, run_main, run_script
 from test_ppo import tensorboard_scalars
 
 GAME = "PongNoFrameskip-v4"
@@ -285,3 +287,31 @@ def test_bf16_is_for_training_alone(chain, script, update, bf16, tmp_path, monke
     run_main(module, module.Args(**flags))
     assert set(used) == {(update, bf16), ("play", False)} | (
         {("validate", False)} if script == "actor_distill" else set())
+
+
+def test_the_readmes_python_runs(chain, monkeypatch):
+    """Its blocks, to the letter: a buffer read by NumPy, and blocks of a script taken elsewhere."""
+    folder, _ = chain
+    monkeypatch.chdir(folder)
+    reading, taking = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    found = {"np": np}
+    exec(reading, found)
+    assert found["observations"].shape == (256, 4, 84, 84)
+    np.testing.assert_allclose(found["targets"].sum(1), 1, atol=1e-5)
+
+    taken = {"torch": torch}  # the functions that it names, and nothing else of the script
+    for name in ("kl_divergence", "batch_loss", "distill_update"):
+        assert f"`{name}`" in (ROOT / "README.md").read_text()
+        exec(inspect.getsource(getattr(actor_distill, name)), taken)
+
+    class Student(torch.nn.Linear):
+        def forward(self, obs):
+            outputs = super().forward(obs)
+            return outputs[:, :3], outputs[:, 3]
+
+    obs, targets = torch.rand(8, 3), torch.rand(8, 3).softmax(-1)
+    student = Student(3, 4)
+    before = actor_distill.kl_divergence(targets, student(obs)[0]).sum().item()
+    taken |= {"student": student, "batches": 50 * [(obs, targets, obs[:, 0])]}
+    exec(taking, taken)
+    assert 0 < taken["kl_sum"] < 0.7 * before
