@@ -86,7 +86,7 @@ class Args:
     save_path: str | None = None
     """checkpoint to write; default `checkpoints/{env_id}/distilled_{capacity}.pt`"""
     checkpoint_interval: int = 1_000_000
-    """save at the end of an epoch when this many samples have passed since the last save"""
+    """save so often that no more samples than this are lost, but at most after each epoch"""
     resume: bool = False
     """go on from `save_path`, after its last whole epoch; start anew where nothing is saved yet"""
     overwrite: bool = False
@@ -1245,7 +1245,7 @@ def main(args, at_exit):
                 and validation[criterion] >= state["validation"].get(criterion, math.inf)):
             student = {name: state[name] for name in student}
         state = {**last, "last_model": last["model"], "last_epoch": epoch, **student}
-        if (epoch - last_saved) * len(train_rows) >= args.checkpoint_interval:
+        if (epoch + 1 - last_saved) * len(train_rows) > args.checkpoint_interval:
             save()
     bar.close()
     if state["last_epoch"] > last_saved:

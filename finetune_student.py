@@ -85,7 +85,7 @@ class Args:
     save_path: str | None = None
     """checkpoint to write; default `checkpoints/{env_id}/finetuned_{capacity}.pt`"""
     checkpoint_interval: int = 1_000_000
-    """save at the end of an iteration when this many steps have passed since the last save"""
+    """save so often that no more steps than this are lost, but at most after each iteration"""
     resume: bool = False
     """go on from `save_path`: same weights, optimiser, random state and step, new games; start anew
     where nothing is saved yet"""
@@ -1132,7 +1132,8 @@ def main(args, at_exit):
         if recent_returns:
             bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
         state = {**training_state(agent, optimizer), "global_step": global_step}
-        if iteration == num_iterations or global_step - last_saved >= args.checkpoint_interval:
+        unsaved_next = global_step + batch_size - last_saved
+        if iteration == num_iterations or unsaved_next > args.checkpoint_interval:
             save()
     bar.close()
 

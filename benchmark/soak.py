@@ -39,7 +39,7 @@ KINDS = {
         "total": "--total-timesteps", "unit": 256, "interval": 4},
     "actor_distill.py": {
         "flags": "--capacity low --buffer-path buffer.npz --eval-steps 0 --learning-rate 1e-4 "
-                 "--checkpoint-interval 10000",  # of a buffer of 6,000 samples: 2 epochs
+                 "--checkpoint-interval 12000",  # of a buffer of 6,000 samples: 2 epochs
         "total": "--epochs", "unit": 1, "interval": 2},
 }
 

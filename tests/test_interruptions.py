@@ -405,6 +405,29 @@ def test_weights_that_are_not_finite_are_never_saved(weights, tmp_path, monkeypa
     assert saved["global_step"] == 32
 
 
+@pytest.mark.parametrize("interval, expected", [
+    (1, [1, 2, 3, 4, 5]), (32, [2, 4, 5]), (47, [2, 4, 5]), (48, [3, 5]), (10**9, [5])])
+@pytest.mark.parametrize("module", [teacher, distill])
+def test_no_more_than_the_interval_is_ever_unsaved(module, interval, expected, chain, tmp_path,
+                                                   monkeypatch):
+    """Five iterations of 16 steps each, or epochs of as many samples."""
+    monkeypatch.chdir(tmp_path)
+    saved = []
+    monkeypatch.setattr(module, "save_checkpoint", lambda path, checkpoint: (
+        saved.append(checkpoint["global_step"] // 16), Path(path).touch()))
+    shared = dict(capacity="low", checkpoint_interval=interval, eval_steps=0, save_path="x.pt")
+    if module is teacher:
+        run_main(teacher, teacher.Args(**shared, num_envs=2, num_steps=8, num_minibatches=1,
+                                       update_epochs=1, total_timesteps=80))
+    else:
+        split = distill.split_episodes
+        monkeypatch.setattr(distill, "split_episodes", lambda *rest: (
+            split(*rest)[0][:16], split(*rest)[1]))
+        run_main(distill, distill.Args(**shared, epochs=5, buffer_path=str(
+            chain[0] / f"buffers/{GAME}.npz")))
+    assert saved == expected
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 4 MB that really fills up."""
