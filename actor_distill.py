@@ -9,7 +9,7 @@ The student minimises Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Stra
 Policy Optimization": the divergence KL(teacher || student), summed over the actions, averaged over
 the batch, without a temperature. A held-out share of the buffer tells when more epochs stop paying,
 the proxy metric that the paper leaves to future work. From a buffer of Q-values it learns by one of
-the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default their Eq. 2.
+the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
 
 One step is one action of the agent, which the emulator repeats for four frames; one sample is one
 step of the buffer. `global_step` counts the samples seen.

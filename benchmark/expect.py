@@ -1,0 +1,75 @@
+"""What the README's commands take on this machine: time, memory, files, and their evaluations.
+
+    python benchmark/expect.py
+
+Runs each once, in a temporary folder: the first command of the README, its chain of four small ones
+with Pong as the game, and one iteration at the paper's settings. Writes
+`benchmark/results/expect.{md,json}`.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--num-steps 128 --num-minibatches 8 --update-epochs 3 --eval-steps 8_000"
+SESSIONS = (  # commands that share a folder
+    ["actor_distill.py --capacity medium --epochs 10 --eval-steps 50_000"],
+    [f"ppo_atari_teacher.py --total-timesteps 16_384 {SMALL}",
+     "collect_buffer.py --num-samples 10_000",
+     "actor_distill.py --epochs 3 --eval-steps 8_000",
+     f"finetune_student.py --total-timesteps 8_192 {SMALL}"],
+    ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0"])
+
+
+def measure(command, folder):
+    """Run one command of the README in a folder: a dict of what it took and what it printed."""
+    words = shlex.split(command)
+    start = time.perf_counter()
+    with open(folder / "output", "w+") as output:
+        process = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=folder,
+                                   stdout=output, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        printed = output.read()
+    if status:
+        sys.exit(f"python {command}: failed; run it by hand to see why")
+    wrote = re.search(r"^wrote +(\S+\.(?:pt|npz)).*$", printed, re.M)
+    return {"command": f"python {command}", "seconds": time.perf_counter() - start,
+            "peak memory MB": usage.ru_maxrss / 1e3,
+            "MB written": (folder / wrote[1]).stat().st_size / 1e6, "printed": printed}
+
+
+def main():
+    results = []
+    for session in SESSIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            for command in session:
+                print(f"python {command}", file=sys.stderr)
+                results.append(measure(command, Path(folder)))
+    machine = (f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores with "
+               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, Python "
+               f"{platform.python_version()}")
+    lines = [f"`python benchmark/expect.py`, {machine}, one run each.", "",
+             "| command | wall time | peak memory | writes |", "|---|---|---|---|"]
+    lines += [f"| `{x['command']}` | {x['seconds']:.0f} s | {x['peak memory MB'] / 1e3:.2f} GB | "
+              f"{x['MB written']:.1f} MB |" for x in results]
+    for x in results:
+        lines += ["", f"`{x['command']}` printed:", "", "```", x["printed"].rstrip(), "```"]
+    (ROOT / "benchmark/results/expect.md").write_text("\n".join(lines) + "\n")
+    (ROOT / "benchmark/results/expect.json").write_text(json.dumps(
+        {"machine": machine, "results": results}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
