@@ -781,7 +781,7 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
     stack = np.zeros((num_envs, 4), np.int32)  # the rows of each slot's last four frames
 
     def decide(envs, part):
-        """Begin a step of one group of games, and record it where it is the agent's own."""
+        """Record a step of one group of games where it is the agent's own, and begin it."""
         nonlocal pressed_frames
         outputs, value = agent(torch.from_numpy(obs[part]).to(device))
         if greedy or epsilon is not None:
@@ -793,7 +793,6 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
             action[explores] = torch.randint(
                 num_actions, (int(explores.sum()),), generator=generator, device=device)
         action = action.cpu().numpy()
-        envs.send(action)
         mine = (filled[part] < stretch[part]) & ~envs.new_life
         row = (first[part] + filled[part])[mine]
         newest = np.zeros(len(mine), np.int32)
@@ -813,6 +812,7 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
         values[row] = value.cpu().numpy()[mine]
         actions[row] = action[mine]
         decided[part] = mine
+        envs.send(action)  # last: the games' threads leave no core for recording
 
     stopped = None
     with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,

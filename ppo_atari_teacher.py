@@ -1030,9 +1030,10 @@ def main(args, at_exit):
                     obs[now] = torch.from_numpy(next_obs[part]).permute(0, 2, 3, 1)
                     logits, values[now] = agent(obs[now].permute(0, 3, 1, 2))
                     actions[now] = sample_actions(logits)
-                    envs.send(actions[now].cpu().numpy())
                     taken = actions[now].unsqueeze(-1)
                     logprobs[now] = logits.log_softmax(-1).gather(-1, taken).squeeze(-1)
+                    # last: the games' threads leave no core for anything else
+                    envs.send(actions[now].cpu().numpy())
 
         with torch.no_grad():
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()

@@ -4,15 +4,16 @@
     python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
 A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
-the same work, measured before it in every repeat: the games stepped with random actions, the
-network's forward pass on a batch in place, one optimiser step on a batch in place. Machines are
-noisy, so all rates are medians, and the ratio of two of them is the figure to look at.
+the same work: the games stepped with random actions, the network's forward pass on a batch in
+place, one optimiser step on a batch in place. Machines are noisy, so a phase and its floors take
+turns, every few steps, and the ratio to look at is the median over the repeats of one repeat's.
 With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
 torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2 and NumPy 1.26).
 Writes `benchmark/results/speed.{md,json}`.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -45,7 +46,7 @@ CAPACITIES = ("high", "medium", "low")
 
 @dataclass
 class Args:
-    repeats: int = 5
+    repeats: int = 3
     """repeats of each measurement; the medians are reported"""
     seconds: float = 0.5
     """length of one measurement of a floor"""
@@ -75,6 +76,43 @@ def until(seconds, work):
     return done / elapsed if elapsed >= seconds else done / (time.perf_counter() - start)
 
 
+class Turns:
+    """Divides time among a phase and its floors, which run between the steps of the phase.
+
+    Args:
+        floors: name to function that does some of the work and returns how much.
+    """
+
+    def __init__(self, floors):
+        self.floors, self.since = floors, None
+        self.spent, self.done = {}, {}
+
+    def lap(self, name, amount, *floors):
+        """Since the last lap `name` did `amount` of work; now let each of `floors` do some."""
+        if floors and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.since is not None:
+            self.spent[name] = self.spent.get(name, 0) + now - self.since
+            self.done[name] = self.done.get(name, 0) + amount
+        self.since = now
+        for floor in floors:
+            self.lap(floor, self.floors[floor]())
+
+    def forget(self):
+        """What was measured until now was warm-up."""
+        self.spent, self.done = {}, {}
+
+    def rate(self, name):
+        """Work per second of the time spent on it."""
+        return self.done[name] / self.spent[name]
+
+
+def due(count, args, on_cpu):
+    """Whether floors get a turn: every `on_cpu` steps on a CPU, every 64 on a GPU."""
+    return count % (on_cpu if args.device == "cpu" else 64) == 0
+
+
 def agent_and_optimizer(capacity, args):
     """A fresh network in the layout of the scripts, and their optimiser."""
     agent = teacher.Agent(capacity, NUM_ACTIONS).to(args.device, memory_format=torch.channels_last)
@@ -86,7 +124,7 @@ def environment_alone(num_envs, args):
     groups = teacher.make_envs(ROM, num_envs, False, 0.0, device=args.device)
     for envs, part in groups:
         envs.reset(seed=teacher.game_seeds(num_envs, 1, 1)[part])
-    actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (64, num_envs))
+    actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (16, num_envs))
 
     def work():
         for action in actions:
@@ -106,9 +144,9 @@ def forward_alone(capacity, num_envs, args):
 
     @torch.inference_mode()
     def work():
-        for _ in range(32):
+        for _ in range(16):
             teacher.sample_actions(agent(obs)[0]).cpu()
-        return 32 * num_envs
+        return 16 * num_envs
 
     return work
 
@@ -136,26 +174,6 @@ def update_alone(capacity, batch_size, args):
     return work
 
 
-class Stopwatch:
-    """Wraps functions of a script and adds up the time between chosen calls."""
-
-    def __init__(self):
-        self.marks = []
-
-    def mark(self, module, name):
-        """Note when `module.name` is entered and left."""
-        plain = getattr(module, name)
-
-        def timed(*args, **kwargs):
-            self.marks.append((name, "in", time.perf_counter()))
-            result = plain(*args, **kwargs)
-            self.marks.append((name, "out", time.perf_counter()))
-            return result
-
-        setattr(module, name, timed)
-        return plain
-
-
 @contextlib.contextmanager
 def quiet_folder():
     """A temporary working folder, with stdout and stderr thrown away."""
@@ -169,32 +187,47 @@ def quiet_folder():
             os.chdir(before)
 
 
-def ppo_script(args, num_envs, num_minibatches, update_epochs, iterations=2):
-    """The teacher's own `main`: rollout steps/s, update samples/s, whole steps/s.
+def ppo_script(args, num_envs, num_minibatches, update_epochs, iterations, turns, game_floors=(),
+               update_floors=()):
+    """The teacher's own `main`, in laps "rollout" and "update"; its first iteration is warm-up.
 
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
-    update from there to its last optimiser step; the first iteration is warm-up.
+    update from there to its last optimiser step.
     """
-    watch = Stopwatch()
-    plain = {name: watch.mark(teacher, name) for name in ("gae", "ppo_update")}
-    batch = num_envs * 128
+    plain = {name: getattr(teacher, name) for name in ("gae", "ppo_update", "make_envs")}
+    size, updates = num_envs * 128 // num_minibatches, 0
+
+    def gae(*batch):
+        turns.lap("rollout", 0)
+        return plain["gae"](*batch)
+
+    def ppo_update(*batch, **flags):
+        nonlocal updates
+        statistics = plain["ppo_update"](*batch, **flags)
+        updates += 1
+        turns.lap("update", size, *(update_floors if due(updates, args, 1) else ()))
+        if updates == update_epochs * num_minibatches:
+            turns.forget()
+        return statistics
+
+    def make_envs(*flags, **others):
+        groups = plain["make_envs"](*flags, **others)
+        envs, part = groups[-1]
+        groups[-1] = Watched(envs, lambda rounds: turns.lap(
+            "rollout", num_envs, *(game_floors if due(rounds, args, 16) else ()))), part
+        return groups
+
+    for function in (gae, ppo_update, make_envs):
+        setattr(teacher, function.__name__, function)
     try:
         with quiet_folder(), contextlib.ExitStack() as at_exit:
             teacher.main(teacher.Args(
                 num_envs=num_envs, num_steps=128, num_minibatches=num_minibatches,
-                update_epochs=update_epochs, total_timesteps=iterations * batch, eval_steps=0,
-                device=args.device, bf16=args.bf16, compile=args.compile), at_exit)
+                update_epochs=update_epochs, total_timesteps=iterations * num_envs * 128,
+                eval_steps=0, device=args.device, bf16=args.bf16, compile=args.compile), at_exit)
     finally:
         for name, function in plain.items():
             setattr(teacher, name, function)
-    begun = [at for name, kind, at in watch.marks if (name, kind) == ("gae", "in")]
-    ended = [max(at for name, kind, at in watch.marks if (name, kind) == ("ppo_update", "out")
-                 and begin < at < (begun + [float("inf")])[i + 1])
-             for i, begin in enumerate(begun)]
-    rollout = statistics.median(begun[i + 1] - ended[i] for i in range(len(begun) - 1))
-    update = statistics.median(ended[i] - begun[i] for i in range(1, len(begun)))
-    whole = (begun[-1] - begun[0]) / (len(begun) - 1)
-    return batch / rollout, update_epochs * batch / update, batch / whole
 
 
 def cleanrl_script(args, iterations=4):
@@ -216,55 +249,68 @@ def cleanrl_script(args, iterations=4):
     return (len(times) - 1) * 1024 / (times[-1] - times[0])
 
 
-class Timed:
-    """An AtariVectorEnv that notes when it was received from, and stops the script at last."""
+class Watched:
+    """Games that call a function after each step, with the number of steps, while they stand still."""
 
-    def __init__(self, envs, rounds=None):
-        self.envs, self.rounds, self.times = envs, rounds, []
+    def __init__(self, envs, after_step):
+        self.envs, self.after_step, self.rounds = envs, after_step, 0
 
     def __getattr__(self, name):
         return getattr(self.envs, name)
 
     def recv(self):
-        self.times.append(time.perf_counter())
-        if len(self.times) == self.rounds:
-            raise Enough
-        return self.envs.recv()
+        result = self.envs.recv()
+        self.rounds += 1
+        self.after_step(self.rounds)
+        return result
 
 
 class Enough(Exception):
     """Cuts a phase short."""
 
 
-def playing(phase, capacity, num_envs, steps, args):
-    """`collect` or `play`: steps/s, the games' reset left out."""
+def playing(phase, capacity, num_envs, steps, args, turns=None, floors=()):
+    """`collect` or `play`, in laps of the phase's name: steps/s, the first eighth left out."""
+    turns = turns or Turns({})
     agent, _ = agent_and_optimizer(capacity, args)
     groups = teacher.make_envs(ROM, num_envs, False, 0.0, device=args.device)
     envs, part = groups[-1]
-    timed = Timed(envs, steps // num_envs)
-    groups[-1] = timed, part
+
+    def after_step(rounds):
+        turns.lap(phase, num_envs, *(floors if due(rounds, args, 16) else ()))
+        if rounds == max(2, steps // num_envs // 8):
+            turns.forget()
+        if rounds * num_envs >= steps:
+            raise Enough
+
+    groups[-1] = Watched(envs, after_step), part
     with quiet_folder(), contextlib.suppress(Enough):
         if phase == "collection":
             collect.collect(agent, groups, 2 * steps, 1, False, lambda *end: None)
         else:
             teacher.play(agent, groups, 10**9, 1, False)
-    return (len(timed.times) - 1) * num_envs / (timed.times[-1] - timed.times[0])
+    return turns.rate(phase)
 
 
-def distillation(capacity, samples, args):
-    """The loop of `actor_distill.py`'s own `main`, its first epoch cut off: samples/s."""
-    plain, calls = distill.distill_update, []
+def distillation(capacity, batches, args, turns, floors):
+    """The loop of `actor_distill.py`'s own `main`, cut short, in laps; a quarter is warm-up."""
+    plain, calls = distill.distill_update, 0
 
-    def counted(*batch):
-        calls.append(time.perf_counter())
-        if len(calls) * args.batch_size > samples:
+    def distill_update(*batch):
+        nonlocal calls
+        sums = plain(*batch)
+        calls += 1
+        turns.lap("distillation", args.batch_size, *(floors if due(calls, args, 1) else ()))
+        if calls == batches // 4:
+            turns.forget()
+        if calls == batches:
             raise Enough
-        return plain(*batch)
+        return sums
 
     validate = distill.validate
     distill.validate = lambda *batch: {f"validation/{name}": 1.0 for name in (
         "kl", "agreement", "entropy_gap", "value_loss")}
-    distill.distill_update = counted
+    distill.distill_update = distill_update
     try:
         with quiet_folder(), contextlib.suppress(Enough), contextlib.ExitStack() as at_exit:
             distill.main(distill.Args(
@@ -273,33 +319,33 @@ def distillation(capacity, samples, args):
                 compile=args.compile), at_exit)
     finally:
         distill.distill_update, distill.validate = plain, validate
-    warm = len(calls) // 4
-    return (len(calls) - 1 - warm) * args.batch_size / (calls[-1] - calls[warm])
 
 
-def plain_loop(samples, args):
-    """What a newcomer would write: stacked observations, a DataLoader, contiguous NCHW."""
+def plain_loop(args):
+    """What a newcomer would write, a step a call: stacked observations, DataLoader, NCHW."""
     with np.load(args.buffer_path) as buffer:
-        rows = min(len(buffer["stack_index"]), samples + args.batch_size)
-        obs = torch.from_numpy(buffer["frames"][buffer["stack_index"][:rows]])
-        targets = torch.from_numpy(buffer["action_probs"][:rows])
+        rows = buffer["stack_index"][:32 * args.batch_size]
+        obs = torch.from_numpy(buffer["frames"][rows])
+        targets = torch.from_numpy(buffer["action_probs"][:len(rows)])
     agent = teacher.Agent("medium", NUM_ACTIONS).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
     data = torch.utils.data.TensorDataset(obs, targets)
     loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True)
-    times = []
-    for x, target in loader:
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def work():
+        x, target = next(batches)
         x, target = x.to(args.device), target.to(args.device)
         logits = agent.actor(agent.network(x.float() / 255))
         loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        times.append(time.perf_counter())
-        if len(times) * args.batch_size >= samples:
-            break
-    warm = len(times) // 4
-    return (len(times) - 1 - warm) * args.batch_size / (times[-1] - times[warm])
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return len(x)
+
+    return work
 
 
 def loading(buffer_path):
@@ -351,61 +397,58 @@ def decision(capacity):
 def main(args):
     started = time.time()
     teacher.set_up_torch(teacher.Args(device=args.device))
-    rates = {}
-
-    def add(name, rate):
-        rates.setdefault(name, []).append(rate)
-
     floors = {"env": environment_alone(args.num_envs, args),
-              "forward high": forward_alone("high", args.num_envs, args)}
-    floors |= {f"update {c}": update_alone(c, args.batch_size, args) for c in CAPACITIES}
+              "forward": forward_alone("high", args.num_envs, args), "plain loop": plain_loop(args)}
+    floors |= {c: update_alone(c, args.batch_size, args) for c in CAPACITIES}
     for work in floors.values():
         work()
+    measured, epochs, games = {}, 2, ("env", "forward")
 
-    def add_floors(*names):
-        for name in names:
-            add(name, until(args.seconds, floors[name]))
+    def add(name, rate, floor, unit="steps/s"):
+        """One repeat's rate of a phase and of its floor."""
+        measured.setdefault((name, unit), []).append((rate, floor))
+
+    def in_turn(*rates):
+        """The rate of doing the same work in each of several ways, one after another."""
+        return 1 / sum(1 / rate for rate in rates)
 
     for repeat in range(args.repeats):
         print(f"repeat {repeat + 1} of {args.repeats}, at {time.time() - started:.0f} s",
               file=sys.stderr)
-        add_floors("env", "forward high", "update high")
-        rollout, update, whole = ppo_script(
-            args, args.num_envs, args.num_envs * 128 // args.batch_size, 2)
-        add("ppo rollout", rollout)
-        add("ppo update", update)
-        add("ppo whole", whole)
+        turns = Turns(floors)
+        ppo_script(args, args.num_envs, args.num_envs * 128 // args.batch_size, epochs, 2, turns,
+                   games, ("high",))
+        rollout, update = turns.rate("rollout"), turns.rate("update")
+        play_floor, update_floor = in_turn(*map(turns.rate, games)), turns.rate("high")
+        add("rollout, high", rollout, play_floor)
+        add("PPO update, high", update, update_floor, "samples/s")
+        add(f"PPO whole, {epochs} epochs", in_turn(rollout, update / epochs),
+            in_turn(play_floor, update_floor / epochs))
         for phase in ("collection", "evaluation"):
-            add_floors("env", "forward high")
-            add(phase, playing(phase, "high", args.num_envs, 2048, args))
+            turns = Turns(floors)
+            rate = playing(phase, "high", args.num_envs, 2048, args, turns, games)
+            add(f"{phase}, high", rate, in_turn(*map(turns.rate, games)))
         for capacity in CAPACITIES:
-            add_floors(f"update {capacity}")
-            add(f"distillation {capacity}", distillation(capacity, 24 * args.batch_size, args))
+            turns = Turns(floors)
+            peers = (capacity, "plain loop") if capacity == "medium" else (capacity,)
+            distillation(capacity, 24, args, turns, peers)
+            rate = turns.rate("distillation")
+            add(f"distillation, {capacity}", rate, turns.rate(capacity), "samples/s")
             if capacity == "medium":
-                add("plain loop", plain_loop(16 * args.batch_size, args))
+                add("plain loop", rate, turns.rate("plain loop"), "samples/s")
         ours, numpys, peak = loading(args.buffer_path)
-        add("load", ours)
-        add("np.load", numpys)
-        add("load peak", peak)
+        add("loading a buffer", ours, numpys, "MB/s")
         if args.cleanrl:
-            add("ours", ppo_script(args, 8, 4, 4, iterations=4)[2])
-            add("CleanRL", cleanrl_script(args, iterations=4))
-    median = {name: statistics.median(values) for name, values in rates.items()}
-
-    play_floor = 1 / (1 / median["env"] + 1 / median["forward high"])
-    whole_floor = 1 / (1 / play_floor + 2 / median["update high"])
-    table = []
-    for label, name, floor, unit in (
-            ("rollout, high", "ppo rollout", play_floor, "steps/s"),
-            ("PPO update, high", "ppo update", median["update high"], "samples/s"),
-            ("PPO whole, 2 epochs", "ppo whole", whole_floor, "steps/s"),
-            ("collection, high", "collection", play_floor, "steps/s"),
-            ("evaluation, high", "evaluation", play_floor, "steps/s"),
-            *((f"distillation, {c}", f"distillation {c}", median[f"update {c}"], "samples/s")
-              for c in CAPACITIES),
-            ("loading a buffer", "load", median["np.load"], "MB/s")):
-        table.append({"phase": label, "rate": median[name], "unit": unit, "floor": floor,
-                      "ratio": median[name] / floor})
+            turns = Turns({})
+            ppo_script(args, 8, 4, 4, 4, turns)
+            add("CleanRL", in_turn(turns.rate("rollout"), turns.rate("update") / 4),
+                cleanrl_script(args, iterations=4))
+    table = [{"phase": name, "unit": unit,
+              "rate": statistics.median(rate for rate, _ in pairs),
+              "floor": statistics.median(floor for _, floor in pairs),
+              "ratio": statistics.median(rate / floor for rate, floor in pairs)}
+             for (name, unit), pairs in measured.items()]
+    peers = {row["phase"]: row for row in table if row["phase"] in ("plain loop", "CleanRL")}
     decisions = {c: decision(c) for c in CAPACITIES}
     result = {
         "command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]]),
@@ -413,28 +456,25 @@ def main(args):
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "python": platform.python_version(),
-        "seconds": round(time.time() - started), "flags": vars(args), "rates": rates,
-        "table": table, "medium distillation over a plain loop":
-            median["distillation medium"] / median["plain loop"],
-        "PPO whole over CleanRL": median["ours"] / median["CleanRL"]
-            if args.cleanrl else None,
-        "peak memory of loading over the arrays": median["load peak"],
-        "decisions": decisions, "peak memory MB": resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss / 1e3}
+        "seconds": round(time.time() - started), "flags": vars(args), "table": table,
+        "rates and floors of each repeat": {name: pairs for (name, _), pairs in measured.items()},
+        "peak memory of loading over the arrays": peak, "decisions": decisions,
+        "peak memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
     lines = [f"`{result['command']}`, {result['date']}, {result['cores']} cores with "
              f"{result['instructions']}, {result['threads']} torch threads, torch "
              f"{result['torch']}, medians of {args.repeats} repeats, {result['seconds']} s.", "",
              "| phase | rate | its floor | ratio |", "|---|---|---|---|"]
     lines += [f"| {row['phase']} | {row['rate']:,.0f} {row['unit']} | {row['floor']:,.0f} | "
-              f"{row['ratio']:.2f} |" for row in table]
-    over_plain = result["medium distillation over a plain loop"]
+              f"{row['ratio']:.2f} |" for row in table if row["phase"] not in peers]
     peer = ""
     if args.cleanrl:
+        row = peers["CleanRL"]
         peer = (f" With 8 games, 128 steps, 4 minibatches and 4 epochs, PPO runs at "
-                f"{median['ours']:,.0f} steps/s and CleanRL's `ppo_atari.py` at "
-                f"{median['CleanRL']:,.0f}: {result['PPO whole over CleanRL']:.2f} times as fast.")
-    lines += ["", f"Loading takes {median['load peak']:.2f} times the arrays' size at its peak. "
-              f"Medium distillation runs at {over_plain:.2f} times a plain PyTorch loop." + peer,
+                f"{row['rate']:,.0f} steps/s and CleanRL's `ppo_atari.py` at "
+                f"{row['floor']:,.0f}: {row['ratio']:.2f} times as fast.")
+    lines += ["", f"Loading takes {peak:.2f} times the arrays' size at its peak. "
+              f"Medium distillation runs at {peers['plain loop']['ratio']:.2f} times a plain "
+              f"PyTorch loop." + peer,
               "",
               "| one decision, 1 thread | high | medium | low |", "|---|---|---|---|"]
     for i, label in enumerate(("µs", "multiply-adds", "parameters")):
