@@ -325,13 +325,14 @@ def catch_stops():
             if first:
                 os._exit(128 + number)
             first[:] = number, time.monotonic() + 2
+            signal.signal(signal.SIGALRM, handle)
         own = frame and frame.f_code.co_filename == handle.__code__.co_filename
         if own or time.monotonic() > first[1]:
             raise KeyboardInterrupt(first[0])
         signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, handle)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
@@ -362,9 +363,23 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def refuse(message):
+    """Turn an error of the block into a UsageError: `message`, and the error itself.
+
+    Foreign files can make the parsers raise anything. A UsageError passes as it is.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{message} ({error!r:.160})") from None
 
 
 def check_output(path, overwrite, *inputs):
@@ -381,7 +396,7 @@ def check_output(path, overwrite, *inputs):
         UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
     """
     target = Path(os.path.realpath(path))
-    try:
+    with refuse(f"{path}: cannot be written; name another"):
         if target.exists() and not target.is_file():
             raise UsageError(f"{path}: is a folder or a device; name a file")
         if str(target) in map(os.path.realpath, inputs):
@@ -399,8 +414,6 @@ def check_output(path, overwrite, *inputs):
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
 def default_path(path, shipped):
@@ -453,7 +466,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    try:
+    with refuse(f"{path}: damaged, or its parts do not fit a checkpoint of this project; make it "
+                f"anew with `{made_by}`"):
         found = load_tensors(Path(path).read_bytes())
         # all but the tensors is plain, and counted lazily before it is compared or printed: a
         # small file can name the same list over and over, a list of such lists, and so on
@@ -469,14 +483,16 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         found["protocol"] = default_protocol() | found.get("protocol", {})
         results = (found["evaluation"], found.get("evaluation_before"),
                    found["teacher"]["evaluation"] if found.get("teacher") else None)
-        numbers = [result["mean"] for result in results if result is not None]
+        results = [result for result in results if result is not None]
+        numbers = [result["mean"] for result in results]
         numbers += found.get("validation", {}).values()
         counts = (found["global_step"], found.get("epoch", 0), found.get("last_epoch", 0))
         fits = {
             "phase": isinstance(found["phase"], str), "args": isinstance(found["args"], dict),
             "protocol": dict.fromkeys(default_protocol(), bool)
                 == {name: type(x) for name, x in found["protocol"].items()},
-            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers),
+            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                and all(isinstance(result.get("protocol", {}), dict) for result in results),
             "step": all(type(x) is int and x >= 0 for x in counts),
             # a tensor may repeat one number over and over
             "size": 4 * sum(x.numel() for x in found["model"].values()) < os.path.getsize(path)}
@@ -487,11 +503,6 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
             agent.load_state_dict(weights)
             if not all(x.dtype == torch.float32 and x.isfinite().all() for x in weights.values()):
                 raise ValueError("weights that are not finite or not float32")
-    except UsageError:
-        raise
-    except Exception as error:  # a foreign file can make the parsers raise anything
-        raise UsageError(f"{path}: damaged, or its parts do not fit a checkpoint of this project "
-                         f"({error!r:.160}); make it anew with `{made_by}`") from None
     return found, agent
 
 
@@ -539,7 +550,7 @@ def load_foreign(path, env_id, num_actions):
                 "Baselines3's PPO and DQN with CnnPolicy")
     if not Path(path).is_file():
         return None
-    try:
+    with refuse(f"{path}: damaged, or no PyTorch checkpoint; {accepted}"):
         content = Path(path).read_bytes()
         if content[:2] != b"PK" and b"params" in content and b"kernel" in content:  # flax's names
             raise UsageError(f"{path}: holds the weights of a JAX agent; {accepted}")
@@ -551,11 +562,6 @@ def load_foreign(path, env_id, num_actions):
                     raise ValueError("policy.pth is larger than its archive")
                 content = archive.read("policy.pth")
         found = load_tensors(content)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__}); "
-                         f"{accepted}") from None
     if isinstance(found, dict) and "format_version" in found:
         return None
     if not (isinstance(found, dict) and found and all(
@@ -592,7 +598,7 @@ def load_foreign(path, env_id, num_actions):
                 weights[f"{ours}.{part}"] = found[f"{theirs}.{part}"]
         return weights
 
-    try:
+    with refuse(f"{path}: {kind} whose layers do not fit each other; {accepted}"):
         policy, value = renamed("pi_"), renamed("vf_")
         if any(4 * sum(x.numel() for x in weights.values()) > len(content)
                for weights in (policy, value)):
@@ -601,16 +607,13 @@ def load_foreign(path, env_id, num_actions):
         widths = tuple(len(policy[f"network.{i}.bias"]) for i in (0, 2, 4, 7))
         first, hidden, actions = (tuple(policy[f"{name}.weight"].shape)
                                   for name in ("network.0", "network.7", "actor"))
-    except Exception as error:
-        raise UsageError(f"{path}: {kind} whose layers do not fit each other ({error!r:.100}); "
-                         f"{accepted}") from None
     if min(widths) < 1 or first[1:] != (4, 8, 8) or hidden[1:] != (widths[2] * 49,):
         raise UsageError(f"{path}: {kind} whose first convolution is {first} and hidden layer "
                          f"{hidden}; observations must be 4 frames of 84x84")
     if actions[0] != num_actions:
         raise UsageError(f"{path}: {kind} with {actions[0]} actions, while {env_id} has "
                          f"{num_actions}; pass the --env-id that it was trained on")
-    try:
+    with refuse(f"{path}: {kind} with wrong weights"):
         q_network = kind.endswith("DQN")
         if q_network:
             policy |= {"critic.weight": torch.zeros(1, widths[3]), "critic.bias": torch.zeros(1)}
@@ -622,8 +625,6 @@ def load_foreign(path, env_id, num_actions):
         agent.load_state_dict(policy)
         if not all(parameter.isfinite().all() for parameter in agent.parameters()):
             raise ValueError("not finite")
-    except Exception as error:
-        raise UsageError(f"{path}: {kind} with wrong weights ({error!s:.200})") from None
     names = {widths: name for name, widths in Agent.SIZES.items()}
     protocol = {"fire_on_life_loss": True, "repeat_first_frame": kind.startswith("CleanRL"),
                 "restart_stack": True, "greedy": q_network}
@@ -650,9 +651,8 @@ class Logger:
         self.tensorboard = self.wandb = self.wandb_id = None
         with self.tolerate("tensorboard"):
             self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
-            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-            self.tensorboard.add_text(
-                "hyperparameters", f"|flag|value|\n|-|-|\n{rows}", global_step)
+            rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+            self.tensorboard.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
         with self.tolerate("wandb"):
             if args.track:
                 import wandb
@@ -801,7 +801,8 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
             pressed = (filled[part] < stretch[part]) & envs.new_life
             newest[pressed] = num_samples + 1 + pressed_frames + np.arange(pressed.sum())
             pressed_frames += int(pressed.sum())
-        frames[newest[newest > 0]] = obs[part][newest > 0, 3]
+        for e in np.flatnonzero(newest):
+            frames[newest[e]] = obs[part][e, 3]
         shifted = np.column_stack((stack[part, 1:], newest))
         filling = newest if envs.repeat_first_frame else 0 * newest
         begun = np.column_stack((filling, filling, filling, newest))

@@ -360,13 +360,14 @@ def catch_stops():
             if first:
                 os._exit(128 + number)
             first[:] = number, time.monotonic() + 2
+            signal.signal(signal.SIGALRM, handle)
         own = frame and frame.f_code.co_filename == handle.__code__.co_filename
         if own or time.monotonic() > first[1]:
             raise KeyboardInterrupt(first[0])
         signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, handle)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
@@ -397,9 +398,23 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def refuse(message):
+    """Turn an error of the block into a UsageError: `message`, and the error itself.
+
+    Foreign files can make the parsers raise anything. A UsageError passes as it is.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{message} ({error!r:.160})") from None
 
 
 def check_output(path, overwrite, *inputs):
@@ -416,7 +431,7 @@ def check_output(path, overwrite, *inputs):
         UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
     """
     target = Path(os.path.realpath(path))
-    try:
+    with refuse(f"{path}: cannot be written; name another"):
         if target.exists() and not target.is_file():
             raise UsageError(f"{path}: is a folder or a device; name a file")
         if str(target) in map(os.path.realpath, inputs):
@@ -434,8 +449,6 @@ def check_output(path, overwrite, *inputs):
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written, {error.strerror}; name another") from None
 
 
 def load_tensors(content):
@@ -474,7 +487,8 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
     """
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    try:
+    with refuse(f"{path}: damaged, or its parts do not fit a checkpoint of this project; make it "
+                f"anew with `{made_by}`"):
         found = load_tensors(Path(path).read_bytes())
         # all but the tensors is plain, and counted lazily before it is compared or printed: a
         # small file can name the same list over and over, a list of such lists, and so on
@@ -490,14 +504,16 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
         found["protocol"] = default_protocol() | found.get("protocol", {})
         results = (found["evaluation"], found.get("evaluation_before"),
                    found["teacher"]["evaluation"] if found.get("teacher") else None)
-        numbers = [result["mean"] for result in results if result is not None]
+        results = [result for result in results if result is not None]
+        numbers = [result["mean"] for result in results]
         numbers += found.get("validation", {}).values()
         counts = (found["global_step"], found.get("epoch", 0), found.get("last_epoch", 0))
         fits = {
             "phase": isinstance(found["phase"], str), "args": isinstance(found["args"], dict),
             "protocol": dict.fromkeys(default_protocol(), bool)
                 == {name: type(x) for name, x in found["protocol"].items()},
-            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers),
+            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                and all(isinstance(result.get("protocol", {}), dict) for result in results),
             "step": all(type(x) is int and x >= 0 for x in counts),
             # a tensor may repeat one number over and over
             "size": 4 * sum(x.numel() for x in found["model"].values()) < os.path.getsize(path)}
@@ -508,11 +524,6 @@ def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
             agent.load_state_dict(weights)
             if not all(x.dtype == torch.float32 and x.isfinite().all() for x in weights.values()):
                 raise ValueError("weights that are not finite or not float32")
-    except UsageError:
-        raise
-    except Exception as error:  # a foreign file can make the parsers raise anything
-        raise UsageError(f"{path}: damaged, or its parts do not fit a checkpoint of this project "
-                         f"({error!r:.160}); make it anew with `{made_by}`") from None
     return found, agent
 
 
@@ -646,9 +657,8 @@ class Logger:
         self.tensorboard = self.wandb = self.wandb_id = None
         with self.tolerate("tensorboard"):
             self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
-            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-            self.tensorboard.add_text(
-                "hyperparameters", f"|flag|value|\n|-|-|\n{rows}", global_step)
+            rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+            self.tensorboard.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
         with self.tolerate("wandb"):
             if args.track:
                 import wandb
@@ -864,10 +874,9 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
         if name not in free and before != value:
             raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
                              f"{before!r:.60}; resume with that, or name another --save-path")
-    lowest = {"momentum_buffer": -math.inf}
-    if isinstance(optimizer, torch.optim.Adam):
-        lowest = {"step": 1, "exp_avg": -math.inf, "exp_avg_sq": 0}
-    try:
+    lowest = ({"step": 1, "exp_avg": -math.inf, "exp_avg_sq": 0}
+              if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer": -math.inf})
+    with refuse(f"{path}: its training cannot be restored; name another --save-path"):
         needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
         if not (needed <= saved.keys() and saved["optimizer"]["state"]
                 and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])):
@@ -885,9 +894,6 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
         torch.set_rng_state(saved["rng"]["torch"])
         if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    except Exception as error:
-        raise UsageError(f"{path}: its training cannot be restored ({error!r:.100}); name another "
-                         "--save-path") from None
 
 
 def training_state(agent, optimizer):
@@ -1058,12 +1064,11 @@ def main(args, at_exit):
                 if torch.stack(statistics[-args.num_minibatches:])[:, 4].mean() > args.target_kl:
                     break
 
-        losses = torch.stack(statistics).mean(0).tolist()
+        losses = torch.stack(statistics).mean(0)
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-        metrics = {f"losses/{name}": value for name, value in zip(names, losses)}
+        metrics = {f"losses/{name}": value for name, value in zip(names, losses.tolist())}
         # a gradient that is not finite leaves weights that are not, even after a finite loss
-        if not (all(map(math.isfinite, losses))
-                and all(parameter.isfinite().all() for parameter in agent.parameters())):
+        if not all(x.isfinite().all() for x in (losses, *agent.parameters())):
             kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
             raise UsageError(f"training diverged at step {global_step:,}, {metrics}; {kept}; lower "
                              "--learning-rate")
@@ -1075,10 +1080,11 @@ def main(args, at_exit):
         if recent_returns:
             bar.set_postfix_str(f"return {np.mean(recent_returns[-100:]):.1f}", refresh=False)
         state = {**training_state(agent, optimizer), "global_step": global_step}
-        unsaved_next = global_step + batch_size - last_saved
-        if iteration == num_iterations or unsaved_next > args.checkpoint_interval:
+        if global_step + batch_size - last_saved > args.checkpoint_interval:
             save()
     bar.close()
+    if global_step > last_saved:
+        save(final=not args.eval_steps)
 
     agent.bf16 = False
     if args.eval_steps:
@@ -1086,8 +1092,6 @@ def main(args, at_exit):
         save(result, final=True)
         logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
         print(f"wrote       runs/{run_name}/eval.json")
-    elif global_step > last_saved:
-        save(final=True)
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB, trained for "
           f"{global_step:,} steps")
     print("curves      tensorboard --logdir runs")

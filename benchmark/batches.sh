@@ -5,10 +5,11 @@
 #
 #     bash benchmark/batches.sh PongNoFrameskip-v4 327680 1
 #
-# Arguments: the game, the steps, the seed. What is there already is not run again.
+# Arguments: the game, the steps, the seed, and the numbers of minibatches if not both. What is there
+# already is not run again.
 set -euo pipefail
 game=$1 steps=$2 seed=$3
-for minibatches in 32 1024; do
+for minibatches in ${4:-32 1024}; do
     name=batches_${minibatches}_$seed
     results=benchmark/results/$game/batches/$name
     [ ! -e "$results" ] || continue

@@ -131,6 +131,8 @@ def batches_figure(folder, path):
                            color=color, label=None if i else label)
             for axes, tag in zip(panels[1:], ("losses/approx_kl", "losses/clipfrac")):
                 axes.plot(*scalar(run, tag), "o-", color=color)
+            if not (run / "processor_seconds.txt").exists():
+                continue
             ends = events.Scalars("losses/approx_kl")
             # unix time and processor seconds until then
             at, spent = np.loadtxt(run / "processor_seconds.txt").T

@@ -525,7 +525,7 @@ def test_foreign_and_hostile_files_are_refused_in_one_line(teachers, tmp_path):
         "recurrent": saved(recurrent), "layers 'body.0';": saved(unknown), "JAX": flax,
         "network.7": saved(missing), "no state dict but a list": saved([1, 2]),
         "damaged": good[:len(good) // 2], "MlpPolicy": saved({"x": torch.zeros(3)}),
-        "(BadZipFile)": b"", "ValueError": zipped(bytes(50_000_000), zipfile.ZIP_DEFLATED),
+        "BadZipFile": b"", "ValueError": zipped(bytes(50_000_000), zipfile.ZIP_DEFLATED),
         "UnpicklingError": saved(Trap()),
         "not finite": saved(weights | {"actor.bias": torch.full((ACTIONS,), float("nan"))}),
         "than float32": saved({name: x.double() for name, x in weights.items()}),
