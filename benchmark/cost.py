@@ -114,8 +114,8 @@ def main(args):
             ("buffer of 540,000 samples", 540_000 / collection / 3600)]
     for capacity in ("medium", "low"):
         for epochs in (10, 400):
-            hours = epochs * samples / rates["distil"][capacity][64] / 3600
-            cost.append((f"{capacity} distilled, {epochs} epochs, batch 64", hours))
+            hours = epochs * samples / rates["distil"][capacity][32] / 3600
+            cost.append((f"{capacity} distilled, {epochs} epochs, batch 32", hours))
         cost.append((f"{capacity} fine-tuned, 20M steps", train(capacity, 20e6)))
     for capacity in speed.CAPACITIES:
         cost.append((f"one evaluation of 1M steps, {capacity}",

@@ -3,8 +3,8 @@
     python benchmark/expect.py
 
 Runs each once, in a temporary folder: the first command of the README, its chain of four small ones
-with Pong as the game, and one iteration at the paper's settings. Writes
-`benchmark/results/expect.{md,json}`.
+with Pong as the game, and one iteration at the paper's settings, by both readings of its batch
+size. Writes `benchmark/results/expect.{md,json}`.
 """
 
 import json
@@ -28,7 +28,8 @@ SESSIONS = (  # commands that share a folder
      "collect_buffer.py --num-samples 10_000",
      "actor_distill.py --epochs 3 --eval-steps 8_000",
      f"finetune_student.py --total-timesteps 8_192 {SMALL}"],
-    ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0"])
+    ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0"],
+    ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0 --num-minibatches 1024"])
 
 
 def measure(command, folder):
