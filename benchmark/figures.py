@@ -118,7 +118,7 @@ def critics_figure(folder, path):
 
 
 def batches_figure(folder, path):
-    """Return, approx_kl, clipfrac and processor time by the readings of "batch sizes of 32"."""
+    """Return, approx_kl, clipfrac and time by the readings of "batch sizes of 32"."""
     runs = {32: "32 minibatches of 1,024", 1024: "1,024 minibatches of 32"}
     if not list(folder.glob("batches_*")):
         return
@@ -131,18 +131,18 @@ def batches_figure(folder, path):
                            color=color, label=None if i else label)
             for axes, tag in zip(panels[1:], ("losses/approx_kl", "losses/clipfrac")):
                 axes.plot(*scalar(run, tag), "o-", color=color)
-            if not (run / "processor_seconds.txt").exists():
-                continue
             ends = events.Scalars("losses/approx_kl")
             # unix time and processor seconds until then
             at, spent = np.loadtxt(run / "processor_seconds.txt").T
             at, spent = [events.FirstEventTimestamp(), *at], [0, *spent]
             minutes = np.interp([x.wall_time for x in ends], at, spent) / 60
             panels[3].plot([x.step for x in ends], minutes, "o-", color=color)
+            panels[3].plot([x.step for x in ends], [(x.wall_time - at[0]) / 60 for x in ends], ":",
+                           color=color)
     panels[0].legend(fontsize=8)
     panels[1].set_yscale("log")
     for axes, label in zip(panels, ("mean return of the last 50 games", "approx_kl", "clipfrac",
-                                    "processor time, minutes")):
+                                    "minutes: processor, and dotted wall")):
         axes.set_ylabel(label)
     for axes in panels[2:]:
         axes.set_xlabel("thousand environment steps")
