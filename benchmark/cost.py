@@ -40,6 +40,14 @@ class Args:
     """buffer whose observations are trained on"""
 
 
+def until(seconds, work):
+    """Call `work()`, which returns how much it did, for `seconds`: the rate per second."""
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not done:
+        done += work()
+    return done / elapsed if elapsed >= seconds else done / (time.perf_counter() - start)
+
+
 def training(kind, capacity, batch_size, buffer, args):
     """A function that gathers a batch and does one `ppo_update` or `distill_update` with it."""
     agent, optimizer = speed.agent_and_optimizer(capacity, args)
@@ -91,7 +99,7 @@ def main(args):
             steps = max(24 * size, round(pilot * args.seconds))
             rate = speed.playing("evaluation", capacity, size, steps, args)
         else:
-            rate = speed.until(args.seconds, training(kind, capacity, size, buffer, args))
+            rate = until(args.seconds, training(kind, capacity, size, buffer, args))
         rates[kind].setdefault(capacity, {})[size] = rate
         return rate
 

@@ -48,8 +48,6 @@ CAPACITIES = ("high", "medium", "low")
 class Args:
     repeats: int = 3
     """repeats of each measurement; the medians are reported"""
-    seconds: float = 0.5
-    """length of one measurement of a floor"""
     num_envs: int = 16
     """games played at once"""
     batch_size: int = 256
@@ -66,14 +64,6 @@ class Args:
     """Python that has what CleanRL needs"""
     buffer_path: str = str(ROOT / "pretrained" / GAME / "buffer.npz")
     """buffer to load and to distil from"""
-
-
-def until(seconds, work):
-    """Call `work()`, which returns how much it did, for `seconds`: the rate per second."""
-    done, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds or not done:
-        done += work()
-    return done / elapsed if elapsed >= seconds else done / (time.perf_counter() - start)
 
 
 class Turns:
@@ -250,7 +240,7 @@ def cleanrl_script(args, iterations=4):
 
 
 class Watched:
-    """Games that call a function after each step, with the number of steps, while they stand still."""
+    """Games that call a function after each step, with the number of steps; none is under way."""
 
     def __init__(self, envs, after_step):
         self.envs, self.after_step, self.rounds = envs, after_step, 0

@@ -109,6 +109,17 @@ def test_bad_checkpoints_are_refused_by_name(kind, tmp_path):
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_errors_are_refused_and_refusals_and_signals_pass():
+    for error, expected, message in (
+            (ValueError("bad\nbytes"), teacher.UsageError, r"outer (ValueError('bad\nbytes'))"),
+            (teacher.UsageError("inner"), teacher.UsageError, "inner"),
+            (KeyboardInterrupt(2), KeyboardInterrupt, "2")):
+        with pytest.raises(expected) as raised:
+            with teacher.refuse("outer"):
+                raise error
+        assert str(raised.value) == message
+
+
 def test_good_checkpoint_loads_equal(tmp_path):
     content = checkpoint()
     found, agent = teacher.load_checkpoint(saved(tmp_path / "x.pt", content), GAME, 6, "")

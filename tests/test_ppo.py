@@ -1,7 +1,6 @@
 """PPO's parts against independent computations, and PPO whole on real games."""
 
 import copy
-import itertools
 import math
 import shutil
 import sys
