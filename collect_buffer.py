@@ -33,6 +33,8 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -731,6 +733,95 @@ def set_up_torch(args):
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+class FrameStore:
+    """Frames of 84x84 bytes in several stretches, compressed as they come.
+
+    They take a hundredth of their size, and little is left to do when a signal ends the recording.
+    They are compressed on a thread of their own, which no signal interrupts in mid-frame.
+
+    Args:
+        stretches: number of stretches, which follow one another in the file.
+
+    Attributes:
+        counts: int64 [stretches], the frames of each; reliable once the store is closed.
+        crcs: CRC-32 of the bytes of each.
+    """
+
+    def __init__(self, stretches):
+        self.compressors = [zlib.compressobj(wbits=-15) for _ in range(stretches)]
+        self.compressed = [bytearray() for _ in range(stretches)]
+        self.counts, self.crcs = np.zeros(stretches, np.int64), [0] * stretches
+        self.thread = ThreadPoolExecutor(1)
+        self.job = self.thread.submit(self.compress, [], [])
+
+    def compress(self, stretches, frames):
+        """Append frames to stretches, one each; on the thread."""
+        for i, frame in zip(stretches, frames):
+            self.compressed[i] += self.compressors[i].compress(frame)
+            self.crcs[i] = zlib.crc32(frame, self.crcs[i])
+            self.counts[i] += 1
+
+    def add(self, stretches, frames):
+        """Begin to append frames uint8 [n, 84, 84] to n stretches; the next call waits for it."""
+        self.job.result()
+        self.job = self.thread.submit(self.compress, stretches, frames)
+
+    def close(self):
+        """Wait for what was added."""
+        self.thread.shutdown()
+
+    @property
+    def nbytes(self):
+        """Bytes of the frames when they are not compressed."""
+        return 84 * 84 * int(self.counts.sum())
+
+    def write(self, archive):
+        """Write all frames as the array `frames` into an open ZipFile.
+
+        A raw deflate stream may be made of parts that end at a whole byte. A ZipFile does not take
+        what is compressed already, so it is told that it stores these bytes, and put right then.
+        """
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {
+            "descr": "|u1", "fortran_order": False, "shape": (self.nbytes // 84**2, 84, 84)})
+        compressor, crc = zlib.compressobj(wbits=-15), zlib.crc32(header.getbuffer())
+        info = zipfile.ZipInfo("frames.npy")
+        with archive.open(info, "w", force_zip64=True) as member:
+            member.write(compressor.compress(header.getbuffer()))
+            member.write(compressor.flush(zlib.Z_SYNC_FLUSH))
+            for part, compressor, count, part_crc in zip(
+                    self.compressed, self.compressors, self.counts, self.crcs):
+                member.write(part)
+                member.write(compressor.copy().flush(zlib.Z_SYNC_FLUSH))
+                crc = crc32_combine(crc, part_crc, 84 * 84 * int(count))
+            member.write(zlib.compress(b"", wbits=-15))
+        info.compress_type, info.CRC = zipfile.ZIP_DEFLATED, crc
+        info.file_size = header.tell() + self.nbytes
+        archive.fp.seek(info.header_offset)
+        archive.fp.write(info.FileHeader(zip64=True))
+        archive.fp.seek(0, os.SEEK_END)
+
+
+def crc32_combine(first, second, length):
+    """CRC-32 of two texts in a row, from the CRC-32 of each and the second's length in bytes.
+
+    As zlib's C function of that name, which Python's module lacks: the first is multiplied by
+    x^(8 length), modulo the polynomial of the CRC, whose bits stand in reverse order.
+    """
+    def multiply(a, b):
+        product = 0
+        for bit in reversed(range(32)):
+            product ^= b if a >> bit & 1 else 0
+            b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+        return product
+
+    power = 1 << 23  # x^8
+    while length:
+        first = multiply(power, first) if length & 1 else first
+        power, length = multiply(power, power), length >> 1
+    return first ^ second
+
+
 @torch.inference_mode()
 def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None):
     """Let a policy play and record every step, each frame once.
@@ -763,10 +854,9 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
     num_envs, num_actions = groups[-1][1].stop, int(groups[0][0].single_action_space.n)
     stretch = num_samples // num_envs + (np.arange(num_envs) < num_samples % num_envs)
     first = np.cumsum(stretch) - stretch
-    # no more presses than samples; what is never written takes no memory
-    rows = num_samples * (1 if groups[0][0].restart_stack else 2) + 1
-    frames = np.empty((rows, 84, 84), np.uint8)
-    frames[0] = pressed_frames = 0
+    # the blank frame, those of each slot, and those of pressed steps
+    frames, pressed_frames = FrameStore(1 + num_envs + 1), 0
+    frames.add([0], np.zeros((1, 84, 84), np.uint8))
     stack_index = np.empty((num_samples, 4), np.int32)
     targets = np.empty((num_samples, num_actions), np.float32)
     values, rewards = np.empty((2, num_samples), np.float32)
@@ -801,8 +891,9 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
             pressed = (filled[part] < stretch[part]) & envs.new_life
             newest[pressed] = num_samples + 1 + pressed_frames + np.arange(pressed.sum())
             pressed_frames += int(pressed.sum())
-        for e in np.flatnonzero(newest):
-            frames[newest[e]] = obs[part][e, 3]
+        kept = np.flatnonzero(newest)
+        frames.add(np.where(mine, np.arange(part.start, part.stop), num_envs)[kept] + 1,
+                   obs[part][kept, 3])
         shifted = np.column_stack((stack[part, 1:], newest))
         filling = newest if envs.repeat_first_frame else 0 * newest
         begun = np.column_stack((filling, filling, filling, newest))
@@ -846,18 +937,21 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
             if not filled.any():
                 raise
             stopped = stop
+    frames.close()
 
     samples = {"stack_index": stack_index,
                "action_probs" if epsilon is None else "q_values": targets,
                "values": values, "actions": actions, "rewards": rewards, "dones": dones}
     if stopped is not None:  # close up the gaps that the slots' unfilled ends leave
         stretch, asked_for, num_samples = filled.copy(), num_samples, int(filled.sum())
-        for old, new, length in zip(first, np.cumsum(stretch) - stretch, stretch):
+        # the frame of a step that was not finished stays, without a sample
+        _, *row, pressed_row = np.cumsum(frames.counts) - frames.counts
+        for old, new, length, new_row in zip(first, np.cumsum(stretch) - stretch, stretch, row):
             index = stack_index[old:old + length]
-            index -= np.where(index > asked_for, asked_for - num_samples, (index > 0) * (old - new))
-            for array in (frames[1:], *samples.values()):
+            index += np.where(index > asked_for, pressed_row - asked_for - 1,
+                              (index > 0) * (new_row - old - 1))
+            for array in samples.values():
                 array[new:new + length] = array[old:old + length]
-        frames[num_samples + 1:][:pressed_frames] = frames[asked_for + 1:][:pressed_frames]
         first = np.cumsum(stretch) - stretch
         samples = {name: array[:num_samples] for name, array in samples.items()}
 
@@ -868,7 +962,7 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
     game_start = np.flatnonzero(starts)
     finished = dones[np.append(game_start[1:], num_samples) - 1]
     episode_returns = np.add.reduceat(samples["rewards"], game_start, dtype=np.float64)
-    return {"frames": frames[:num_samples + 1 + pressed_frames], **samples,
+    return {"frames": frames, **samples,
             "env_index": np.repeat(np.arange(num_envs, dtype=np.int32), stretch),
             "episode_index": np.cumsum(starts, dtype=np.int32) - np.int32(1),
             "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)
@@ -876,25 +970,15 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
 
 
 def save_buffer(path, arrays):
-    """Write arrays as a compressed `.npz`, whole or not at all, with a progress bar.
-
-    Args:
-        path: file to write.
-        arrays: name: array, each C-contiguous.
-    """
-    chunk = 2**24
+    """Write a FrameStore and arrays, by name, as a compressed `.npz`, whole or not at all."""
     with (atomic_write(path) as file,
-          zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-          tqdm(total=sum(array.nbytes for array in arrays.values()), desc="compress", unit="B",
-               unit_scale=True, dynamic_ncols=True, mininterval=1) as bar):
+          zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive):
         for name, array in arrays.items():
+            if isinstance(array, FrameStore):
+                array.write(archive)
+                continue
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(member, header)
-                content = array.reshape(-1).view(np.uint8)
-                for start in range(0, len(content), chunk):
-                    member.write(content[start:start + chunk])
-                    bar.update(len(content[start:start + chunk]))
+                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
 
 def main(args, at_exit):

@@ -4,8 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +27,16 @@ def run_main(module, args):
     """Run a script's `main` in this process, in the current folder."""
     with contextlib.ExitStack() as at_exit:
         module.main(args, at_exit)
+
+
+def unpacked(arrays):
+    """What `collect` returned, its frames as an array uint8 [F, 84, 84]."""
+    store = arrays["frames"]
+    frames = [zlib.decompress(stream + compressor.flush(), -15)
+              for stream, compressor in zip(store.compressed, store.compressors)]
+    assert [len(x) for x in frames] == [84 * 84 * count for count in store.counts]
+    assert [zlib.crc32(x) for x in frames] == store.crcs
+    return arrays | {"frames": np.frombuffer(b"".join(frames), np.uint8).reshape(-1, 84, 84)}
 
 
 SMALL_PPO = ("--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 "

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import struct
+import zipfile
+import zlib
 
 import collect_buffer as collect
 import numpy as np
 import pytest
 import torch
-from conftest import opinionated_agent
+from conftest import opinionated_agent, unpacked
 
 
 class Recorder:
@@ -63,7 +66,7 @@ def recording():
         agent.actor.bias[1] = 2  # press FIRE often, so that games end
     ends = []
     arrays, _ = collect.collect(agent, groups, 2403, 5, False, lambda *end: ends.append(end))
-    return arrays, joined(groups), agent, ends
+    return unpacked(arrays), joined(groups), agent, ends
 
 
 def samples(log, num_samples=2403, num_envs=7):
@@ -168,7 +171,7 @@ def test_seeds_give_different_games_and_the_same_seed_the_same():
         torch.manual_seed(0)
         agent = collect.Agent("low", 6)
         groups = collect.make_envs("pong", 4, False, 0.0)
-        return collect.collect(agent, groups, 200, seed, False, lambda *end: None)[0]
+        return unpacked(collect.collect(agent, groups, 200, seed, False, lambda *end: None)[0])
 
     first, again, other = play(1), play(1), play(2)
     for name in first:
@@ -201,3 +204,39 @@ def test_file_holds_the_documented_arrays(chain):
     assert path.stat().st_size / n < 150, "bytes a frame on disk"
     at_full_size = sum(x.nbytes for x in arrays.values()) / n * 540_000
     assert at_full_size < 4e9, "memory for the default number of samples"
+
+
+def test_checksums_of_texts_in_a_row_are_that_of_the_whole():
+    text = np.random.default_rng(0).bytes(70_000)
+    for length in (0, 1, 7, 8, 4096, 69_999, 70_000):
+        first, second = text[:70_000 - length], text[70_000 - length:]
+        assert collect.crc32_combine(
+            zlib.crc32(first), zlib.crc32(second), length) == zlib.crc32(text)
+
+
+def test_compressed_frames_are_an_ordinary_member_of_a_zip_file(tmp_path):
+    """For NumPy, and for readers that go by the header before the member, as on a pipe."""
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 2, (20, 84, 84), np.uint8) * random.integers(0, 256, (20, 1, 1), np.uint8)
+    store = collect.FrameStore(4)  # the third stretch stays empty
+    order = [0, 0, 0, 1, 3, 1, 3, 3, 1, 1, 0, 3, 3, 3, 1, 1, 1, 0, 0, 1]
+    for start in range(0, 20, 5):
+        store.add(order[start:start + 5], frames[start:start + 5])
+    store.close()
+    values = np.arange(5, dtype=np.float32)
+    for _ in range(2):  # a signal may make it begin again
+        collect.save_buffer(tmp_path / "x.npz", {"values": values, "frames": store, "more": values})
+    with np.load(tmp_path / "x.npz") as saved:
+        assert list(saved) == ["values", "frames", "more"]
+        np.testing.assert_array_equal(saved["frames"], frames[np.argsort(order, kind="stable")])
+        np.testing.assert_array_equal(saved["more"], values)
+        assert store.nbytes == frames.nbytes
+    content = (tmp_path / "x.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        assert archive.testzip() is None
+        info = archive.getinfo("frames.npy")
+        signature, _, flags, method, _, _, crc, _, _, name, extra = struct.unpack_from(
+            "<4s5H3L2H", content, info.header_offset)
+        sizes = struct.unpack_from("<2H2Q", content, info.header_offset + 30 + name)
+    assert (signature, flags, method, crc) == (b"PK\3\4", 0, zipfile.ZIP_DEFLATED, info.CRC)
+    assert extra == 20 and sizes == (1, 16, info.file_size, info.compress_size)
