@@ -41,6 +41,8 @@ from typing import Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the slow imports below ends quietly
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # where a caller has closed stdout or stderr, no file of ours may take its place
     # GNU OpenMP's threads wait for work by spinning, for milliseconds by default, on the very cores
     # that the games need between two decisions; it reads this when torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -387,7 +389,7 @@ def refuse(message):
 def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
-    What killed processes left of earlier attempts to write it is removed.
+    What earlier attempts to write it left behind is removed.
 
     Args:
         path: file to write.
@@ -407,12 +409,8 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
-                with contextlib.suppress(OSError, OverflowError):
-                    try:
-                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
-                    except ProcessLookupError:
-                        file.unlink()
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", file.name):
+                file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -827,9 +825,10 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
     """Let a policy play and record every step, each frame once.
 
     Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
-    finds frames that look alike next to each other. Frame row i + 1 is the newest frame of sample
-    i, and row 0 is the blank frame from before a game's start. Rows after N + 1, if any, hold
-    frames of steps that pressed FIRE or NOOP, which later stacks show if they run on over a life.
+    finds frames that look alike next to each other. Frame row 0 is the blank frame from before a
+    game's start, and row i + 1 is the newest frame of sample i; but a slot that is cut short in
+    mid-step keeps that step's frame too, without a sample. The last rows, if any, hold frames of
+    steps that pressed FIRE or NOOP, which later stacks show if they run on over a life.
 
     Args:
         agent: maps observations uint8 [B, 4, 84, 84] to (logits or Q-values, values).
@@ -843,7 +842,7 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
             instead of the best one.
 
     Returns:
-        Two things. The buffer's arrays by name, without `meta`: frames uint8 [F, 84, 84], F > N,
+        Two things. The buffer's arrays by name, without `meta`: frames, a FrameStore of F > N,
         stack_index int32 [N, 4], action_probs or q_values float32 [N, A], values float32 [N],
         actions uint8 [N], rewards float32 [N], dones bool [N], env_index and episode_index int32
         [N], and episode_returns float32 [E], NaN for a game that was cut off. And None, or the

@@ -39,6 +39,8 @@ from typing import Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the slow imports below ends quietly
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # where a caller has closed stdout or stderr, no file of ours may take its place
     # GNU OpenMP's threads wait for work by spinning, for milliseconds by default, on the very cores
     # that the games need between two decisions; it reads this when torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -425,7 +427,7 @@ def refuse(message):
 def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
-    What killed processes left of earlier attempts to write it is removed.
+    What earlier attempts to write it left behind is removed.
 
     Args:
         path: file to write.
@@ -445,12 +447,8 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
-                with contextlib.suppress(OSError, OverflowError):
-                    try:
-                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
-                    except ProcessLookupError:
-                        file.unlink()
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", file.name):
+                file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()

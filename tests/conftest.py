@@ -7,6 +7,9 @@ import sys
 import zlib
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

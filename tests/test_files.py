@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -513,17 +514,27 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
         teacher.check_output(tmp_path / "x.pt", True, tmp_path / "link.pt")
 
 
-def test_only_temporary_files_of_dead_processes_are_swept(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".x.pt.{dead.pid}0000000000000000.tmp").touch()
-    (tmp_path / ".x.pt.4194303.tmp").mkdir()
-    names = {".x.pt.1.tmp": True, f".x.pt.{dead.pid}.tmp": False, f".y.pt.{dead.pid}.tmp": True,
-             ".x.pt.abc.tmp": True}
+def test_only_its_own_temporary_files_are_swept(tmp_path):
+    names = {".x.pt.12345.tmp": False, ".x.pt.1.tmp": False, ".y.pt.12345.tmp": True,
+             ".x.pt.abc.tmp": True, ".xxpt.1.tmp": True, "x.pt.1.tmp": True}
     for name in names:
         (tmp_path / name).touch()
     teacher.check_output(tmp_path / "x.pt", False)
     assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_cost_their_text_alone(chain, closed, tmp_path):
+    """No file may take the place of a stream that the caller has closed, and get its text."""
+    student = chain[0] / f"checkpoints/{GAME}/distilled_medium.pt"
+    script = shlex.join([sys.executable, str(ROOT / SCRIPTS[2]), "--eval-only", str(student),
+                         "--eval-steps", "8", "--num-envs", "2"])
+    result = subprocess.run(f"{script} {closed}", shell=True, cwd=tmp_path, capture_output=True,
+                            text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert bool(result.stdout) == (">&-" not in closed.split())
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "eval.json").read_text())["episodes"] >= 2
 
 
 @pytest.mark.parametrize("script, flags, named", [
