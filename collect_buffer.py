@@ -765,8 +765,9 @@ class FrameStore:
         self.job = self.thread.submit(self.compress, stretches, frames)
 
     def close(self):
-        """Wait for what was added."""
+        """Wait for what was added; raises the error that it met, if any."""
         self.thread.shutdown()
+        self.job.result()
 
     @property
     def nbytes(self):

@@ -214,10 +214,21 @@ def test_checksums_of_texts_in_a_row_are_that_of_the_whole():
             zlib.crc32(first), zlib.crc32(second), length) == zlib.crc32(text)
 
 
+def test_an_error_while_frames_are_compressed_is_raised():
+    frame = np.zeros((1, 84, 84), np.uint8)
+    for last in (False, True):
+        store = collect.FrameStore(1)
+        store.compressors[0] = None
+        store.add([0], frame)
+        with pytest.raises(AttributeError):
+            store.close() if last else store.add([0], frame)
+
+
 def test_compressed_frames_are_an_ordinary_member_of_a_zip_file(tmp_path):
     """For NumPy, and for readers that go by the header before the member, as on a pipe."""
     random = np.random.default_rng(0)
-    frames = random.integers(0, 2, (20, 84, 84), np.uint8) * random.integers(0, 256, (20, 1, 1), np.uint8)
+    frames = random.integers(0, 2, (20, 84, 84), np.uint8)
+    frames *= random.integers(0, 256, (20, 1, 1), np.uint8)
     store = collect.FrameStore(4)  # the third stretch stays empty
     order = [0, 0, 0, 1, 3, 1, 3, 3, 1, 1, 0, 3, 3, 3, 1, 1, 1, 0, 0, 1]
     for start in range(0, 20, 5):
