@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -366,19 +367,24 @@ def catch_stops():
             raise KeyboardInterrupt(first[0])
         signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+        atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
 class Outlet(io.FileIO):
-    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too."""
+    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too.
+
+    A reader that has stalled keeps nothing waiting for longer than half a second a line.
+    """
 
     def write(self, content):
         """Write bytes, or drop them, and return how many are done with."""
         with contextlib.suppress(OSError):
-            return super().write(content)
+            if select.select([], [self], [], 0.5)[1]:
+                return super().write(content) or len(content)
         return len(content)
 
 
@@ -420,7 +426,7 @@ def refuse(message):
 def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
-    What earlier attempts to write it left behind is removed.
+    What killed processes left of earlier attempts to write it is removed.
 
     Args:
         path: file to write.
@@ -440,8 +446,12 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", file.name):
-                file.unlink()
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -625,6 +635,7 @@ def evaluate(agent, rom, args, identity, path):
     Returns:
         What was written, without the list of every game's return and length.
     """
+    check_output(path, True)
     protocol = identity["protocol"]
     greedy = args.eval_greedy or (protocol["greedy"] and args.eval_temperature is None)
     temperature = args.eval_temperature or 1.0
@@ -797,6 +808,10 @@ def load_buffer(path, env_id, action_meanings, made_by):
             if ({x.compress_type for x in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
                     or archive.getinfo("meta.npy").file_size > 2**16):
                 raise ValueError("of another compression, which has no limit, or a long meta")
+            # a sample has 16 bytes of stack_index and two frames of its own at the most
+            if (archive.getinfo("frames.npy").file_size
+                    > 2**24 + 2 * 84 * 84 * archive.getinfo("stack_index.npy").file_size / 16):
+                raise ValueError("array frames is too long for the samples")
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if (size := sum(member.file_size for member in members)) > memory:
                 raise UsageError(f"{path}: {size / 1e9:,.1f} GB are more than this machine's "
@@ -812,7 +827,8 @@ def load_buffer(path, env_id, action_meanings, made_by):
             if (targets not in ("action_probs", "q_values")
                     or dict.fromkeys(default_protocol(), bool)
                     != {name: type(x) for name, x in meta["protocol"].items()}
-                    or not (taught is None or math.isfinite(taught["mean"])
+                    or not (taught is None or type(taught["mean"]) in (int, float)
+                            and math.isfinite(taught["mean"])
                             and isinstance(taught.get("protocol", {}), dict))):
                 raise ValueError("wrong targets, protocol or teacher in meta")
             arrays = {"frames": (np.uint8, (-1, 84, 84)), "stack_index": (np.int32, (-1, 4)),
@@ -1028,12 +1044,16 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
               if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer": -math.inf})
     with refuse(f"{path}: its training cannot be restored; name another --save-path"):
         needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
-        if not (needed <= saved.keys() and saved["optimizer"]["state"]
-                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])):
+        # the critic, or all but the critic, may have been left out of every update
+        names, parameters = zip(*agent.named_parameters())
+        everything = set(range(len(names)))
+        critic = {i for i in everything if "critic" in names[i]}
+        if not (needed <= saved.keys() and len(os.fsencode(saved["run_name"])) < 256
+                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])
+                and set(saved["optimizer"]["state"]) in (everything, critic, everything - critic)):
             raise ValueError("no training to go on with")
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
-        parameters = list(agent.parameters())
         for (i, moments), name in itertools.product(saved["optimizer"]["state"].items(), lowest):
             moment = moments[name].detach()
             like = parameters[i].sum() if name == "step" else parameters[i]
@@ -1188,15 +1208,21 @@ def main(args, at_exit):
                 raise
             print(f"\nwarning: epoch {state['last_epoch']} not saved: {error}", file=sys.stderr)
 
+    def kept():
+        """Say what is saved."""
+        return f"{save_path} holds epoch {last_saved}" if last_saved else "nothing is saved yet"
+
     def save_when_stopped(kind, *_):
         """Save what is whole, if a signal ends the script, and say how to go on."""
-        if kind is KeyboardInterrupt and state:
-            if state["last_epoch"] > last_saved:
+        if kind is KeyboardInterrupt:
+            if state and state["last_epoch"] > last_saved:
                 save()
             words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-            print(f"\nstopped     {save_path} holds epoch {last_saved}; to go on:\n"
-                  f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
+            words = ["python", *words, "--resume"] if last_saved else ["python", *sys.argv]
+            print(f"\nstopped     {kept()}; to go on:\n"
+                  f"            {shlex.join(words)}", file=sys.stderr)
 
+    at_exit.push(save_when_stopped)
     criterion, shown = f"validation/{args.loss}", args.loss.upper()
     if not saved:
         validation = validate(agent, get_batch, held_out_rows, args.loss)
@@ -1207,7 +1233,6 @@ def main(args, at_exit):
     bar = at_exit.enter_context(
         tqdm(total=args.epochs * len(train_rows), initial=global_step, desc="distil",
              unit="sample", dynamic_ncols=True, mininterval=1))
-    at_exit.push(save_when_stopped)
     for epoch in range(last_saved + 1, args.epochs + 1):
         if state and 0 < args.early_stop_patience <= state["last_epoch"] - state["epoch"]:
             break
@@ -1226,9 +1251,8 @@ def main(args, at_exit):
         loss, value_error = (sums / len(train_rows)).tolist()
         # a gradient that is not finite leaves weights that are not, even after a finite loss
         if not all(x.isfinite().all() for x in (sums, *agent.parameters())):
-            kept = f"{save_path} holds epoch {last_saved}" if last_saved else "nothing was saved"
             raise UsageError(f"distillation diverged in epoch {epoch}, {shown} {loss}, value error "
-                             f"{value_error}; {kept}; lower --learning-rate")
+                             f"{value_error}; {kept()}; lower --learning-rate")
         validation = validate(agent, get_batch, held_out_rows, args.loss)
         global_step += len(train_rows)
         sps = (global_step - start_step) / (time.time() - start_time)
@@ -1262,7 +1286,9 @@ def main(args, at_exit):
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
         save(result, final=True)
-        logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
+        if global_step > start_step or not saved.get("evaluation"):  # else it was logged before
+            logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")},
+                       global_step)
         print(f"wrote       runs/{run_name}/eval.json")
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
     print("curves      tensorboard --logdir runs")

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -335,19 +336,24 @@ def catch_stops():
             raise KeyboardInterrupt(first[0])
         signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+        atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
 class Outlet(io.FileIO):
-    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too."""
+    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too.
+
+    A reader that has stalled keeps nothing waiting for longer than half a second a line.
+    """
 
     def write(self, content):
         """Write bytes, or drop them, and return how many are done with."""
         with contextlib.suppress(OSError):
-            return super().write(content)
+            if select.select([], [self], [], 0.5)[1]:
+                return super().write(content) or len(content)
         return len(content)
 
 
@@ -389,7 +395,7 @@ def refuse(message):
 def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
-    What earlier attempts to write it left behind is removed.
+    What killed processes left of earlier attempts to write it is removed.
 
     Args:
         path: file to write.
@@ -409,8 +415,12 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", file.name):
-                file.unlink()
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -906,7 +916,9 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
         decided[part] = mine
         envs.send(action)  # last: the games' threads leave no core for recording
 
-    stopped = None
+    samples = {"stack_index": stack_index,
+               "action_probs" if epsilon is None else "q_values": targets,
+               "values": values, "actions": actions, "rewards": rewards, "dones": dones}
     with tqdm(total=num_samples, desc="collect", unit="step", dynamic_ncols=True,
               mininterval=1) as bar:
         try:
@@ -933,44 +945,55 @@ def collect(agent, groups, num_samples, seed, greedy, on_game_end, epsilon=None)
                         decide(envs, part)
                     else:
                         playing.remove((envs, part))
-        except KeyboardInterrupt as stop:
+            bar.close()
+            return assemble(frames, samples, first, filled), None
+        except KeyboardInterrupt as stop:  # a second signal would not come here
             if not filled.any():
                 raise
-            stopped = stop
-    frames.close()
+            return assemble(frames, samples, first, filled), stop
 
-    samples = {"stack_index": stack_index,
-               "action_probs" if epsilon is None else "q_values": targets,
-               "values": values, "actions": actions, "rewards": rewards, "dones": dones}
-    if stopped is not None:  # close up the gaps that the slots' unfilled ends leave
-        stretch, asked_for, num_samples = filled.copy(), num_samples, int(filled.sum())
+
+def assemble(frames, samples, first, filled):
+    """Make a buffer's arrays of what was recorded, if need be less than was asked for.
+
+    Args:
+        frames: FrameStore of the blank frame, the N slots' frames and those of pressed steps.
+        samples: the other arrays by name, as they were asked for; changed if there are fewer.
+        first, filled: int64 [N], each slot's first row in them, and how many it has.
+
+    Returns:
+        What `collect` returns.
+    """
+    frames.close()
+    asked_for, num_samples = len(samples["dones"]), int(filled.sum())
+    new_first = np.cumsum(filled) - filled
+    if num_samples < asked_for:  # close up the gaps that the slots' unfilled ends leave
         # the frame of a step that was not finished stays, without a sample
-        _, *row, pressed_row = np.cumsum(frames.counts) - frames.counts
-        for old, new, length, new_row in zip(first, np.cumsum(stretch) - stretch, stretch, row):
-            index = stack_index[old:old + length]
+        _, *frame_row, pressed_row = np.cumsum(frames.counts) - frames.counts
+        for old, new, length, new_row in zip(first, new_first, filled, frame_row):
+            index = samples["stack_index"][old:old + length]
             index += np.where(index > asked_for, pressed_row - asked_for - 1,
                               (index > 0) * (new_row - old - 1))
             for array in samples.values():
                 array[new:new + length] = array[old:old + length]
-        first = np.cumsum(stretch) - stretch
         samples = {name: array[:num_samples] for name, array in samples.items()}
 
     # a slot's stretch begins with a new game, and so does the sample after a game's end
     dones = samples["dones"]
     starts = np.append(True, dones[:-1])
-    starts[first[stretch > 0]] = True
+    starts[new_first[filled > 0]] = True
     game_start = np.flatnonzero(starts)
     finished = dones[np.append(game_start[1:], num_samples) - 1]
-    episode_returns = np.add.reduceat(samples["rewards"], game_start, dtype=np.float64)
+    returns = np.add.reduceat(samples["rewards"], game_start, dtype=np.float64)
     return {"frames": frames, **samples,
-            "env_index": np.repeat(np.arange(num_envs, dtype=np.int32), stretch),
+            "env_index": np.repeat(np.arange(len(filled), dtype=np.int32), filled),
             "episode_index": np.cumsum(starts, dtype=np.int32) - np.int32(1),
-            "episode_returns": np.where(finished, episode_returns, np.nan).astype(np.float32)
-            }, stopped
+            "episode_returns": np.where(finished, returns, np.nan).astype(np.float32)}
 
 
-def save_buffer(path, arrays):
-    """Write a FrameStore and arrays, by name, as a compressed `.npz`, whole or not at all."""
+def save_buffer(path, arrays, meta):
+    """Write the arrays of `collect` and a dict as a compressed `.npz`, whole or not at all."""
+    arrays = arrays | {"meta": np.array(json.dumps(meta))}
     with (atomic_write(path) as file,
           zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive):
         for name, array in arrays.items():
@@ -983,7 +1006,7 @@ def save_buffer(path, arrays):
 
 def main(args, at_exit):
     env_id, rom = resolve_game(args.env_id)
-    check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(1, 2**31 - 2),
+    check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), num_samples=(2, 2**31 - 2),
                 repeat_action_probability=(0, 1), epsilon=(0, 1))
     device = set_up_torch(args)
     (envs, _), = make_envs(rom, 1, False, args.repeat_action_probability)
@@ -1033,9 +1056,20 @@ def main(args, at_exit):
               + (", FIRE or NOOP pressed after a lost life" if protocol["fire_on_life_loss"]
                  else ""))
 
-    # nothing slow comes between recording and writing, where a signal would lose the recording
-    versions = {name: importlib.metadata.version(name)
-                for name in ("torch", "numpy", "ale-py", "gymnasium")}
+    meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
+            "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
+            "repeat_action_probability": args.repeat_action_probability, "greedy": args.greedy,
+            "epsilon": args.epsilon, "protocol": protocol,
+            "targets": "q_values" if q_network else "action_probs",
+            "capacity": checkpoint["capacity"],
+            "teacher": {"path": teacher_path, "sha256": sha256, "phase": checkpoint["phase"],
+                        "capacity": checkpoint["capacity"], "steps": checkpoint["global_step"],
+                        "evaluation": checkpoint["evaluation"]},
+            "versions": {name: importlib.metadata.version(name)
+                         for name in ("torch", "numpy", "ale-py", "gymnasium")}}
+    if len(json.dumps(meta)) > 2**14 - 2**8:  # what the loader reads at most, less the steps
+        raise UsageError(f"{teacher_path}: what it says of itself is too long for a buffer; make "
+                         "it anew")
     start_time = time.time()
     arrays, stopped = collect(
         agent.to(device, memory_format=torch.channels_last), groups, args.num_samples, args.seed,
@@ -1043,22 +1077,20 @@ def main(args, at_exit):
             {"charts/episodic_return": game_return, "charts/episodic_length": length,
              "charts/SPS": samples / (time.time() - start_time)}, samples), args.epsilon)
     samples = len(arrays["actions"])
-    meta = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
-            "preprocessing": preprocessing(), "num_envs": args.num_envs, "seed": args.seed,
-            "repeat_action_probability": args.repeat_action_probability, "greedy": args.greedy,
-            "epsilon": args.epsilon, "protocol": protocol,
-            "targets": "q_values" if q_network else "action_probs",
-            "steps": samples, "capacity": checkpoint["capacity"],
-            "teacher": {"path": teacher_path, "sha256": sha256, "phase": checkpoint["phase"],
-                        "capacity": checkpoint["capacity"], "steps": checkpoint["global_step"],
-                        "evaluation": checkpoint["evaluation"]},
-            "versions": versions}
-    arrays["meta"] = np.array(json.dumps(meta))
-    try:
-        save_buffer(buffer_path, arrays)
-    except KeyboardInterrupt as stop:  # what is recorded gets written, unless a second one comes
-        stopped = stop
-        save_buffer(buffer_path, arrays)
+    meta |= {"steps": samples}
+    wait = 0
+    while True:
+        try:
+            time.sleep(wait)
+            save_buffer(buffer_path, arrays, meta)
+            break
+        except KeyboardInterrupt as stop:  # what is recorded gets written, if no second one comes
+            stopped, wait = stop, 0
+        except OSError as error:
+            print(f"warning: not saved: {error}", file=sys.stderr)
+            if stopped is not None:
+                raise stopped from None
+            wait = 10
 
     game_returns = arrays["episode_returns"][~np.isnan(arrays["episode_returns"])]
     size = Path(buffer_path).stat().st_size

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -368,19 +369,24 @@ def catch_stops():
             raise KeyboardInterrupt(first[0])
         signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
     # at its exit Python gives up the timer's handler, without which the timer would kill
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+        atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
 class Outlet(io.FileIO):
-    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too."""
+    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too.
+
+    A reader that has stalled keeps nothing waiting for longer than half a second a line.
+    """
 
     def write(self, content):
         """Write bytes, or drop them, and return how many are done with."""
         with contextlib.suppress(OSError):
-            return super().write(content)
+            if select.select([], [self], [], 0.5)[1]:
+                return super().write(content) or len(content)
         return len(content)
 
 
@@ -422,7 +428,7 @@ def refuse(message):
 def check_output(path, overwrite, *inputs):
     """Make sure that `path` can be written, before any work is spent on its content.
 
-    What earlier attempts to write it left behind is removed.
+    What killed processes left of earlier attempts to write it is removed.
 
     Args:
         path: file to write.
@@ -442,8 +448,12 @@ def check_output(path, overwrite, *inputs):
             raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for file in target.parent.glob(".*.tmp"):
-            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", file.name):
-                file.unlink()
+            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
+                with contextlib.suppress(OSError, OverflowError):
+                    try:
+                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
+                    except ProcessLookupError:
+                        file.unlink()
         probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         probe.touch()
         probe.unlink()
@@ -613,6 +623,7 @@ def evaluate(agent, rom, args, identity, path):
     Returns:
         What was written, without the list of every game's return and length.
     """
+    check_output(path, True)
     protocol = identity["protocol"]
     greedy = args.eval_greedy or (protocol["greedy"] and args.eval_temperature is None)
     temperature = args.eval_temperature or 1.0
@@ -876,12 +887,16 @@ def restore(path, saved, phase, args, agent, optimizer, free=()):
               if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer": -math.inf})
     with refuse(f"{path}: its training cannot be restored; name another --save-path"):
         needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
-        if not (needed <= saved.keys() and saved["optimizer"]["state"]
-                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])):
+        # the critic, or all but the critic, may have been left out of every update
+        names, parameters = zip(*agent.named_parameters())
+        everything = set(range(len(names)))
+        critic = {i for i in everything if "critic" in names[i]}
+        if not (needed <= saved.keys() and len(os.fsencode(saved["run_name"])) < 256
+                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])
+                and set(saved["optimizer"]["state"]) in (everything, critic, everything - critic)):
             raise ValueError("no training to go on with")
         # a student's weights may be those of an earlier epoch than the last
         agent.load_state_dict(saved.get("last_model", saved["model"]))
-        parameters = list(agent.parameters())
         for (i, moments), name in itertools.product(saved["optimizer"]["state"].items(), lowest):
             moment = moments[name].detach()
             like = parameters[i].sum() if name == "step" else parameters[i]
@@ -972,15 +987,21 @@ def main(args, at_exit):
                 raise
             print(f"\nwarning: step {state['global_step']:,} not saved: {error}", file=sys.stderr)
 
+    def kept():
+        """Say what is saved."""
+        return f"{save_path} holds step {last_saved:,}" if last_saved else "nothing is saved yet"
+
     def save_when_stopped(kind, *_):
         """Save what is whole, if a signal ends the script, and say how to go on."""
-        if kind is KeyboardInterrupt and state:
-            if state["global_step"] > last_saved:
+        if kind is KeyboardInterrupt:
+            if state and state["global_step"] > last_saved:
                 save()
             words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-            print(f"\nstopped     {save_path} holds step {last_saved:,}; to go on:\n"
-                  f"            {shlex.join(['python', *words, '--resume'])}", file=sys.stderr)
+            words = ["python", *words, "--resume"] if last_saved else ["python", *sys.argv]
+            print(f"\nstopped     {kept()}; to go on:\n"
+                  f"            {shlex.join(words)}", file=sys.stderr)
 
+    at_exit.push(save_when_stopped)
     agent.bf16 = args.bf16
     loss_function = compiled(minibatch_loss) if args.compile else minibatch_loss
     rollout_shape = (args.num_steps, args.num_envs)
@@ -999,7 +1020,6 @@ def main(args, at_exit):
     start_time = time.time()
     bar = at_exit.enter_context(tqdm(total=num_iterations * batch_size, initial=global_step,
                                      unit="step", mininterval=1))
-    at_exit.push(save_when_stopped)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
         if args.anneal_lr:
             fraction_left = 1 - (iteration - 1) / num_iterations
@@ -1067,9 +1087,8 @@ def main(args, at_exit):
         metrics = {f"losses/{name}": value for name, value in zip(names, losses.tolist())}
         # a gradient that is not finite leaves weights that are not, even after a finite loss
         if not all(x.isfinite().all() for x in (losses, *agent.parameters())):
-            kept = f"{save_path} holds step {last_saved:,}" if last_saved else "nothing was saved"
-            raise UsageError(f"training diverged at step {global_step:,}, {metrics}; {kept}; lower "
-                             "--learning-rate")
+            raise UsageError(f"training diverged at step {global_step:,}, {metrics}; {kept()}; "
+                             "lower --learning-rate")
         unexplained = (returns - values).var() / returns.var()
         metrics["losses/explained_variance"] = 1 - unexplained.item()
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -1088,7 +1107,9 @@ def main(args, at_exit):
     if args.eval_steps:
         result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
         save(result, final=True)
-        logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")}, global_step)
+        if global_step > start_step or not saved.get("evaluation"):  # else it was logged before
+            logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")},
+                       global_step)
         print(f"wrote       runs/{run_name}/eval.json")
     print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB, trained for "
           f"{global_step:,} steps")

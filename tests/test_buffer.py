@@ -236,9 +236,11 @@ def test_compressed_frames_are_an_ordinary_member_of_a_zip_file(tmp_path):
     store.close()
     values = np.arange(5, dtype=np.float32)
     for _ in range(2):  # a signal may make it begin again
-        collect.save_buffer(tmp_path / "x.npz", {"values": values, "frames": store, "more": values})
+        collect.save_buffer(tmp_path / "x.npz", {
+            "values": values, "frames": store, "more": values}, {"steps": 5})
     with np.load(tmp_path / "x.npz") as saved:
-        assert list(saved) == ["values", "frames", "more"]
+        assert list(saved) == ["values", "frames", "more", "meta"]
+        assert json.loads(str(saved["meta"])) == {"steps": 5}
         np.testing.assert_array_equal(saved["frames"], frames[np.argsort(order, kind="stable")])
         np.testing.assert_array_equal(saved["more"], values)
         assert store.nbytes == frames.nbytes

@@ -193,6 +193,10 @@ BAD_BUFFERS = {
     "no teacher": (buffer_arrays(meta={"teacher": {}}), "damaged"),
     "teacher's mean is text": (buffer_arrays(meta={"teacher": {"evaluation": {
         "mean": "12", "greedy": False}}}), "damaged"),
+    "teacher's mean is true": (buffer_arrays(meta={"teacher": {"evaluation": {
+        "mean": True, "greedy": False}}}), "damaged"),
+    "many more frames than samples": (buffer_arrays(
+        frames=np.zeros((5000, 84, 84), np.uint8)), "array frames"),
     "teacher's evaluation by a protocol that is a list": (buffer_arrays(meta={"teacher": {
         "evaluation": {"mean": 1.0, "protocol": [1]}}}), "damaged"),
     "a teacher of too many values": (buffer_arrays(meta={"teacher": {
@@ -442,7 +446,7 @@ def test_a_file_that_is_no_archive_is_no_checkpoint(content, tmp_path):
     {"optimizer": {}}, {"optimizer": {"state": {0: {}}, "param_groups": []}}, {"optimizer": 3},
     {"rng": {}}, {"rng": {"torch": torch.zeros(3, dtype=torch.uint8), "cuda": None}}, {"rng": None},
     {"run_name": "../x"}, {"run_name": ".."}, {"run_name": None}, {"run_name": "a/b"},
-    {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
+    {"run_name": "a\ud800"}, {"run_name": "\u00e9" * 128}, {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
     {"optimizer": {"state": {0: {"step": 1.0, "exp_avg": [[0] * 10] * 10, "exp_avg_sq": 0}}}}])
 def test_a_training_state_that_does_not_fit_is_refused(changes, tmp_path):
     content, args = full_checkpoint()
@@ -455,7 +459,8 @@ def test_a_training_state_that_does_not_fit_is_refused(changes, tmp_path):
         distill.restore(path, found, "distilled", args, agent, optimizer)
 
 
-@pytest.mark.parametrize("spoil", ["shape", "nan", "step", "negative", "expanded", "double"])
+@pytest.mark.parametrize("spoil", ["shape", "nan", "step", "negative", "expanded", "double",
+                                   "missing", "none"])
 def test_moments_that_do_not_fit_are_refused(spoil, tmp_path):
     content, args = full_checkpoint()
     moments = content["optimizer"]["state"][0]
@@ -470,6 +475,10 @@ def test_moments_that_do_not_fit_are_refused(spoil, tmp_path):
             moments["exp_avg_sq"][0] = -1.0
         case "expanded":
             moments["exp_avg"] = torch.zeros(1).expand(10**9)
+        case "missing":
+            del content["optimizer"]["state"][3]
+        case "none":
+            content["optimizer"]["state"] = {}
         case "double":
             moments["exp_avg"] = moments["exp_avg"].double()
     path = saved(tmp_path / "x.pt", content)
@@ -514,9 +523,13 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
         teacher.check_output(tmp_path / "x.pt", True, tmp_path / "link.pt")
 
 
-def test_only_its_own_temporary_files_are_swept(tmp_path):
-    names = {".x.pt.12345.tmp": False, ".x.pt.1.tmp": False, ".y.pt.12345.tmp": True,
-             ".x.pt.abc.tmp": True, ".xxpt.1.tmp": True, "x.pt.1.tmp": True}
+def test_only_temporary_files_of_dead_processes_are_swept(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".x.pt.{dead.pid}0000000000000000.tmp").touch()
+    (tmp_path / ".x.pt.4194303.tmp").mkdir()
+    names = {".x.pt.1.tmp": True, f".x.pt.{dead.pid}.tmp": False, f".y.pt.{dead.pid}.tmp": True,
+             ".x.pt.abc.tmp": True}
     for name in names:
         (tmp_path / name).touch()
     teacher.check_output(tmp_path / "x.pt", False)
@@ -563,7 +576,7 @@ def test_closed_streams_cost_their_text_alone(chain, closed, tmp_path):
     (SCRIPTS[0], "--env-id Combat-v5", "--env-id Combat-v5"),
     (SCRIPTS[0], "--save-path distilled.pt --resume", "no ppo training"),
     (SCRIPTS[1], "--env-id Alien-v5", "python ppo_atari_teacher.py --env-id AlienNoFrameskip-v4"),
-    (SCRIPTS[1], "--num-samples 0", "--num-samples"),
+    (SCRIPTS[1], "--num-samples 1", "--num-samples"),
     (SCRIPTS[1], "--teacher-path text.txt", "text.txt"),
     (SCRIPTS[2], "--env-id Alien-v5", "python collect_buffer.py --env-id AlienNoFrameskip-v4"),
     (SCRIPTS[2], "--buffer-path text.txt", "text.txt"),
@@ -669,3 +682,10 @@ def test_compressed_checkpoints_are_refused_before_anything_inflates(how, tmp_pa
     pad = bytes(path.stat().st_size)  # so that the sum of the members' sizes fits in the file
     with pytest.raises(ValueError, match="CRC"):
         teacher.load_tensors(pad + content.getvalue())
+
+
+def test_a_teacher_that_says_too_much_is_refused_before_anything_is_recorded(tmp_path):
+    saved(tmp_path / "x.pt", checkpoint(evaluation={"mean": 1.0, "note": "x" * 17_000}))
+    result = run_script(tmp_path, SCRIPTS[1], "--teacher-path", "x.pt", "--num-samples", 10)
+    assert result.returncode == 2 and "error: x.pt: what it says of itself" in result.stderr
+    assert not (tmp_path / "buffers" / f"{GAME}.npz").exists()

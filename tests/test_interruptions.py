@@ -210,6 +210,95 @@ def test_a_stopped_collection_equals_the_start_of_the_whole_one():
         record(0, group=0)
 
 
+def test_a_signal_after_the_last_step_of_a_collection_loses_nothing(monkeypatch):
+    def record():
+        torch.manual_seed(0)
+        groups = collect.make_envs("breakout", 3, False, 0.0)
+        return collect.collect(collect.Agent("low", 4), groups, 100, 1, False, lambda *end: None)
+
+    plain, calls = collect.assemble, []
+
+    def interrupted(*recorded):
+        arrays = plain(*recorded)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt(signal.SIGINT)
+        return arrays
+
+    whole, _ = record()
+    monkeypatch.setattr(collect, "assemble", interrupted)
+    again, stopped = record()
+    assert stopped.args == (signal.SIGINT,) and len(calls) == 2
+    whole, again = unpacked(whole), unpacked(again)
+    assert whole.keys() == again.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], again[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_exits_ends_as_one(number, tmp_path):
+    """The timer that would repeat it has no handler any more then, and must not be set."""
+    (tmp_path / "run.py").write_text(
+        "import atexit, os, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import ppo_atari_teacher as teacher\n"
+        f"atexit.register(lambda: (os.kill(os.getpid(), {int(number)}), time.sleep(1)))\n"
+        "teacher.catch_stops()\n")
+    result = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True,
+                            timeout=60)
+    assert (result.returncode, result.stderr) == (-number, "")
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_has_stalled_loses_output_but_stops_nothing(blocking, chain, tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while os.write(writer, bytes(4096)):
+            pass
+    except BlockingIOError:
+        os.set_blocking(writer, blocking)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / SCRIPTS[0], *FLAGS[SCRIPTS[0]], "--save-path", tmp_path / "x.pt"],
+        cwd=chain[0], stdout=writer, stderr=writer)
+    deadline = time.time() + 60
+    while not (tmp_path / "x.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    start = time.time()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143 and time.time() - start < 5
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("script, begun", [
+    (SCRIPTS[0], "rollout"), (SCRIPTS[2], "sample/s"), (SCRIPTS[3], "evaluate")])
+def test_a_stop_before_the_first_save_says_so(script, begun, chain, tmp_path):
+    flags = {SCRIPTS[0]: ["--num-envs", 4], SCRIPTS[2]: ["--batch-size", 1, "--epochs", 5],
+             SCRIPTS[3]: ["--num-envs", 4]}[script]
+    run = Running(chain[0], script, [*flags, "--save-path", tmp_path / "x.pt"], tmp_path / "log")
+    run.wait_for(begun)
+    time.sleep(0.3)
+    status, seconds = run.end(signal.SIGINT)
+    assert status == 130 and seconds < 5
+    text = run.errors.read_text()
+    assert re.search(r"stopped +nothing is saved yet; to go on:\n +python .*x.pt\n", text), text
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_finished_run_that_is_resumed_logs_its_evaluation_once(chain, tmp_path):
+    flags = ["--capacity", "low", "--epochs", 1, "--num-envs", 2, "--eval-steps", 8, "--resume",
+             "--save-path", tmp_path / "x.pt"]
+    for epochs, points in ((1, 1), (1, 1), (2, 2)):
+        result = run_script(chain[0], "actor_distill.py", *flags, "--epochs", epochs)
+        assert result.returncode == 0, result.stderr
+        run_name = torch.load(tmp_path / "x.pt", weights_only=True)["run_name"]
+        scalars = tensorboard_scalars(chain[0] / "runs" / run_name)
+        assert len({step for step, _ in scalars["eval/mean"]}) == points
+        assert len(scalars["eval/mean"]) == points
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_second_signal_leaves_at_once(chain, script, tmp_path):
     file = tmp_path / ("x.npz" if script == "collect_buffer.py" else "x.pt")
@@ -373,16 +462,26 @@ def test_ppo_resumes_its_random_state_and_moments(chain, tmp_path):
         assert moments["exp_avg"].stride() == parameter.stride()
 
 
-def test_finetuning_resumes_without_the_student(chain, tmp_path):
+def test_finetuning_goes_on_by_the_printed_command_without_the_student(chain, tmp_path):
     student = tmp_path / "student.pt"
-    student.write_bytes((chain[0] / f"checkpoints/{GAME}/distilled_medium.pt").read_bytes())
-    flags = [*PPO[:-1], 128, "--student-path", student]
-    assert run_script(tmp_path, "finetune_student.py", *flags).returncode == 0
-    student.unlink()
-    result = run_script(tmp_path, "finetune_student.py", *flags, "--resume", "--total-timesteps",
-                        256)
+    result = run_script(chain[0], "actor_distill.py", "--capacity", "low", "--epochs", 1,
+                        "--eval-steps", 0, "--save-path", student)
     assert result.returncode == 0, result.stderr
-    assert progress(tmp_path / f"checkpoints/{GAME}/finetuned_medium.pt") == 256
+    run = Running(tmp_path, "finetune_student.py", [*PPO, "--student-path", student],
+                  tmp_path / "log")
+    file = tmp_path / f"checkpoints/{GAME}/finetuned_low.pt"
+    deadline = time.time() + 60
+    while not file.exists():
+        assert run.process.poll() is None and time.time() < deadline, run.errors.read_text()
+        time.sleep(0.05)
+    assert run.end(signal.SIGINT)[0] == 130
+    student.unlink()
+    done = progress(file)
+    (command,) = re.findall(r"to go on:\n +(.*)", run.errors.read_text())
+    result = run_script(tmp_path, "finetune_student.py", *shlex.split(command)[2:],
+                        "--total-timesteps", done + 128)
+    assert result.returncode == 0, result.stderr
+    assert progress(file) == done + 128
 
 
 @pytest.mark.parametrize("weights", ["nan", "inf"])
@@ -452,6 +551,24 @@ def fill(folder):
                 pass
     except OSError:
         pass
+
+
+def test_a_collection_waits_for_room_on_a_full_disk(chain, small_disk, tmp_path):
+    file = small_disk / "x.npz"
+    flags = ["--num-envs", 4, "--num-samples", 400, "--buffer-path", file]
+    for number in (None, signal.SIGTERM):
+        run = Running(chain[0], "collect_buffer.py", flags, tmp_path / "log")
+        run.wait_for("/s")
+        fill(small_disk)
+        run.wait_for("warning: not saved: [Errno 28]")
+        if number:
+            status, seconds = run.end(number)
+            assert status == 143 and seconds < 5 and not file.exists()
+        (small_disk / "filler").unlink()
+        if not number:
+            assert run.process.wait(timeout=60) == 0
+            assert len(distill.load_buffer(file, GAME, MEANINGS, "")["values"]) == 400
+            file.unlink()
 
 
 @pytest.mark.parametrize("script", TRAININGS)

@@ -64,7 +64,7 @@ def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path):
     assert played.returncode == 0, played.stderr
     assert re.search(r"^pretrained  \S+ppo_high.pt serves as checkpoints/", played.stdout, re.M)
     (tmp_path / "buffers" / "PongNoFrameskip-v4.npz").unlink()
-    fitted = run_script(tmp_path, "actor_distill.py", "--eval-steps", 0, "--epochs", 4,
+    fitted = run_script(tmp_path, "actor_distill.py", "--eval-steps", 0, "--epochs", 2,
                         "--capacity", "low", "--optimizer", "adam")
     assert fitted.returncode == 0, fitted.stderr
     assert re.search(r"^pretrained  \S+buffer.npz serves as buffers/", fitted.stdout, re.M)
