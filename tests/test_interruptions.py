@@ -557,9 +557,8 @@ def test_a_collection_waits_for_room_on_a_full_disk(chain, small_disk, tmp_path)
     file = small_disk / "x.npz"
     flags = ["--num-envs", 4, "--num-samples", 400, "--buffer-path", file]
     for number in (None, signal.SIGTERM):
-        run = Running(chain[0], "collect_buffer.py", flags, tmp_path / "log")
-        run.wait_for("/s")
         fill(small_disk)
+        run = Running(chain[0], "collect_buffer.py", flags, tmp_path / "log")
         run.wait_for("warning: not saved: [Errno 28]")
         if number:
             status, seconds = run.end(number)
