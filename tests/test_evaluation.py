@@ -1,6 +1,7 @@
 """Which games the evaluation counts, and how it describes them."""
 
 import itertools
+import subprocess
 
 import numpy as np
 import ppo_atari_teacher as teacher
@@ -76,6 +77,24 @@ def test_evaluation_leaves_the_random_state_alone():
     torch.rand(5)
     assert teacher.play(agent, groups, 10, 4, False) == first
     assert teacher.play(agent, groups, 10, 5, False) != first
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_game_is_played(tmp_path, monkeypatch):
+    """And what a killed process left there is swept."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = tmp_path / f".eval.json.{dead.pid}.tmp"
+    stale.touch()
+    args = teacher.Args(num_envs=1, eval_steps=1, eval_greedy=True, device="cpu")
+    identity = {"env_id": "PongNoFrameskip-v4", "phase": "ppo", "capacity": "low",
+                "protocol": teacher.default_protocol()}
+    monkeypatch.setattr(teacher, "play", lambda *rest: ([1.0], [5]))
+    teacher.evaluate(teacher.Agent("low", 6), "pong", args, identity, tmp_path / "eval.json")
+    assert not stale.exists() and (tmp_path / "eval.json").exists()
+    monkeypatch.setattr(teacher, "play", None)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(teacher.UsageError, match="folder: is a folder"):
+        teacher.evaluate(teacher.Agent("low", 6), "pong", args, identity, tmp_path / "folder")
 
 
 def test_summary_equals_values_worked_by_hand():

@@ -446,7 +446,8 @@ def test_a_file_that_is_no_archive_is_no_checkpoint(content, tmp_path):
     {"optimizer": {}}, {"optimizer": {"state": {0: {}}, "param_groups": []}}, {"optimizer": 3},
     {"rng": {}}, {"rng": {"torch": torch.zeros(3, dtype=torch.uint8), "cuda": None}}, {"rng": None},
     {"run_name": "../x"}, {"run_name": ".."}, {"run_name": None}, {"run_name": "a/b"},
-    {"run_name": "a\ud800"}, {"run_name": "\u00e9" * 128}, {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
+    {"run_name": "a\ud800"}, {"run_name": "\u00e9" * 128},
+    {"phase": "ppo"}, {"optimizer": {"state": {}, "param_groups": []}},
     {"optimizer": {"state": {0: {"step": 1.0, "exp_avg": [[0] * 10] * 10, "exp_avg_sq": 0}}}}])
 def test_a_training_state_that_does_not_fit_is_refused(changes, tmp_path):
     content, args = full_checkpoint()
