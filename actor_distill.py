@@ -15,286 +15,121 @@ One step is one action of the agent, which the emulator repeats for four frames;
 step of the buffer. `global_step` counts the samples seen.
 """
 
-import atexit
-import contextlib
 import copy
 import ctypes
 import difflib
-import hashlib
-import io
-import itertools
+import fcntl
 import json
 import math
 import os
+import pickle
 import re
-import select
 import shlex
-import shutil
 import signal
 import sys
 import time
-import warnings
 import zipfile
-from dataclasses import dataclass
+import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the slow imports below ends quietly
-    while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # where a caller has closed stdout or stderr, no file of ours may take its place
-    # GNU OpenMP's threads wait for work by spinning, for milliseconds by default, on the very cores
-    # that the games need between two decisions; it reads this when torch is imported
+    # OpenMP's threads wait for work by spinning on the cores that the games need between two
+    # decisions; torch reads for how long when it is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
 class Args:
     # Experiment
-    exp_name: str = "actor_distill"
-    """name of this experiment, part of the run's name; no slash"""
-    seed: int = 1
-    """seed of the initial weights, the held-out share, the shuffles and the games; 0 or more"""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """where the network runs; `auto` takes a CUDA GPU when there is one, `cuda` demands it"""
-    bf16: bool = False
-    """train in bfloat16, faster where the hardware has it; weights, heads, losses, optimiser and
-    evaluations stay float32"""
+    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "actor_distill"
+    """name of this experiment, part of the run's name"""
+    seed: NonNegativeInt = 1
+    """seed of the initial weights, the held-out share, the shuffles and the games"""
+    cuda: bool = True
+    """use a GPU where there is one"""
     compile: bool = False
-    """compile network and loss with torch.compile, to CUDA graphs on a GPU: half a minute at the
-    start or more, and on a CPU no gain"""
+    """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic kernels only; off, it picks the fastest"""
     track: bool = False
-    """mirror every logged metric to Weights & Biases"""
+    """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
     """W&B project"""
     wandb_entity: str | None = None
-    """W&B entity (user or team); without it, the login's default"""
-    capacity: Literal["high", "medium", "low"] | None = None
-    """size of the student, Table 2; default medium, with --eval-only the checkpoint's"""
-    buffer_path: str | None = None
-    """buffer to learn from; default `buffers/{env_id}.npz`, or the shipped one of that game"""
-    save_path: str | None = None
-    """checkpoint to write; default `checkpoints/{env_id}/distilled_{capacity}.pt`"""
-    checkpoint_interval: int = 1_000_000
-    """save so often that no more samples than this are lost, but at most after each epoch"""
+    """W&B user or team; without it, the login's default"""
+    capacity: Literal["high", "medium", "low"] = "medium"
+    """size of the student, Table 2"""
+    buffer_path: FilePath = "buffers/{env_id}.npz"
+    """buffer to learn from; flags in braces are filled in, and where the default is missing, the
+    one that ships serves"""
+    save_path: FilePath = "checkpoints/{env_id}/distilled_{capacity}.pt"
+    """checkpoint to write after every epoch; flags in braces are filled in"""
     resume: bool = False
     """go on from `save_path`, after its last whole epoch; start anew where nothing is saved yet"""
     overwrite: bool = False
     """replace `save_path` if it exists"""
 
     # Evaluation
-    eval_steps: int = 1_000_000
+    eval_steps: NonNegativeInt = 1_000_000
     """budget of the evaluation after distillation; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
-    eval_temperature: float | None = None
-    """sample from softmax(logits / this) in evaluations; default 1, but networks of Q-values, which
-    `--loss mse` makes, take the best action; 0.01 samples from those as Eq. 2 does"""
-    eval_only: str | None = None
-    """distil nothing: evaluate this checkpoint, of any phase, and leave it as it is"""
+    eval_only: FilePath | None = None
+    """distil nothing: evaluate this checkpoint, of any phase"""
 
     # Environment, of the evaluation
     env_id: str = "PongNoFrameskip-v4"
-    """gymnasium id of the Atari game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
-    num_envs: int = 16
+    """gymnasium id of the game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
+    num_envs: PositiveInt = 16
     """games played at once"""
-    repeat_action_probability: float = 0.0
-    """sticky actions: chance that the emulator repeats the last action in a frame, 0 to 1"""
+    repeat_action_probability: Fraction = 0.0
+    """sticky actions: chance that the emulator repeats the last action in a frame"""
 
     # Algorithm
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """passes over the buffer; the paper uses 10 to 400"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """samples a gradient step; the last batch of an epoch may be smaller"""
     optimizer: Literal["sgd", "adam"] | None = None
     """mini-batch SGD, as in the paper, with momentum 0.9; or Adam; default SGD for the KL, Adam for
     the other two losses, whose larger gradients it survives"""
-    learning_rate: float | None = None
+    learning_rate: PositiveFloat | None = None
     """learning rate at the start; default 0.03 for SGD, 0.001 for Adam"""
     anneal_lr: bool = False
     """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
     loss: Literal["kl", "mse", "nll"] = "kl"
     """what the student minimises: KL divergence from the teacher's softmax, squared error of its
     Q-values, or negative log-likelihood of the teacher's best action (Rusu et al. 2015)"""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """for the KL, divide the teacher's Q-values or log-probabilities by this first (Eq. 2); below 1
     sharpens; default 0.01 for Q-values, 1 for a policy, which is Eq. 3"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
-    validation_fraction: float = 0.05
-    """share of the samples to hold out, 0.001 to 0.5: whole episodes, or where they are too long
-    for that, the buffer's last stretch"""
-    early_stop_patience: int = 0
-    """stop after this many epochs without a lower held-out KL and keep the best epoch's weights;
+    validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
+    """share of the samples to hold out: whole episodes, or where they are too long for that, the
+    buffer's last stretch"""
+    early_stop_patience: NonNegativeInt = 0
+    """stop after this many epochs without a lower held-out loss and keep the best epoch's weights;
     0 runs every epoch and keeps the last"""
 
 
-class UsageError(Exception):
-    """A flag or a file that cannot be used: shown as one line on stderr, with exit status 2."""
-
-
-def check_flags(args, **ranges):
-    """Check that numeric flags lie in their ranges, given as name=(lowest, highest); None passes.
-
-    Raises:
-        UsageError: naming the flag, its value and its range.
-    """
-    for name, (lowest, highest) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not lowest <= value <= highest:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value}: must be {lowest:,} to {highest:,}")
-
-
-def resolve_game(env_id):
-    """Find the game that a gymnasium id names.
-
-    Args:
-        env_id: `PongNoFrameskip-v4`, `ALE/Pong-v5` or `Pong-v5`.
-
-    Returns:
-        The canonical id and ale-py's ROM name: ("MsPacmanNoFrameskip-v4", "ms_pacman").
-
-    Raises:
-        UsageError: for an unknown game, with the closest names.
-    """
-    two_players = {"combat", "joust", "maze_craze", "warlords"}
-    games = {f"{rom.title().replace('_', '')}NoFrameskip-v4": rom
-             for rom in roms.get_all_rom_ids() if rom not in two_players}
-    canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
-    if canonical not in games:
-        close = ", ".join(difflib.get_close_matches(canonical, games, cutoff=0))
-        raise UsageError(f"--env-id {env_id}: no such game; the closest names are {close}")
-    if canonical != env_id:
-        print(f"game        {env_id} is {canonical} here; sticky actions stay at the value of "
-              "--repeat-action-probability")
-    return canonical, games[canonical]
-
-
-def preprocessing():
-    """The emulator's settings that shape an observation, by ale-py's names."""
-    return {"frameskip": 4, "maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84,
-            "stack_num": 4, "noop_max": 30, "use_fire_reset": True}
-
-
-def default_protocol():
-    """How this project's own policies are played; students of other teachers follow theirs.
-
-    With `greedy` the network gives Q-values, and an evaluation takes the best action unless it is
-    told a temperature; the others are those of `Games`.
-    """
-    return {"fire_on_life_loss": False, "repeat_first_frame": False, "restart_stack": True,
-            "greedy": False}
-
-
-class Games(AtariVectorEnv):
-    """Games on ale-py's C++ threads that can begin a life as CleanRL's and SB3's wrappers do.
-
-    With `fire_on_life_loss` the step after a lost life presses FIRE, or NOOP in a game without it,
-    whatever action is sent, and with `restart_stack` the stack of frames begins anew after that
-    step. A stack that begins is filled up with blank frames or, with `repeat_first_frame`, with its
-    first one.
-
-    Attributes:
-        new_life: bool [n], the games that FIRE or NOOP will be pressed for in the next step.
-        new_game: bool [n], the games that the last step ended, and that began anew.
-        age: int64 [n], steps since each stack began.
-    """
-
-    def __init__(self, rom, num_envs, fire_on_life_loss, repeat_first_frame, restart_stack,
-                 **settings):
-        super().__init__(rom, num_envs, **settings)
-        actions = [action.name for action in self.ale.get_action_set()]
-        self.press = actions.index("FIRE" if "FIRE" in actions else "NOOP")
-        self.presses, self.repeat_first_frame = fire_on_life_loss, repeat_first_frame
-        self.restart_stack = restart_stack
-
-    def reset(self, **options):
-        """Begin new games: observations and info."""
-        obs, info = super().reset(**options)
-        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
-        self.age, self.new_life = np.zeros(len(obs), np.int64), np.zeros(len(obs), bool)
-        return self.begin_stacks(obs), info
-
-    def begin_stacks(self, obs):
-        """Fill up the stacks that have not four frames of their own yet, in place."""
-        if self.presses or self.repeat_first_frame:
-            for i in np.flatnonzero(self.age < 3):
-                missing = 3 - self.age[i]
-                obs[i, :missing] = obs[i, missing] if self.repeat_first_frame else 0
-        return obs
-
-    def send(self, actions):
-        """Begin a step with actions int64 [n]."""
-        super().send(np.where(self.new_life, self.press, actions))
-
-    def recv(self):
-        """End a step: observations, raw rewards, terminated, truncated and info."""
-        obs, reward, terminated, truncated, info = super().recv()
-        # only a new game turns back the frames
-        self.new_game = info["episode_frame_number"] < self.frame_number
-        begins = self.new_game | (self.new_life & self.restart_stack)
-        self.age = np.where(begins, 0, self.age + 1)
-        if self.presses:
-            lost = (0 < info["lives"]) & (info["lives"] < self.lives)
-            self.new_life = lost & ~self.new_game
-        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
-        return self.begin_stacks(obs), reward, terminated, truncated, info
-
-
-def make_envs(rom, num_envs, life_loss, repeat_action_probability, protocol=None, device="cpu"):
-    """Games that run and are preprocessed on ale-py's C++ threads, in one group or in two.
-
-    Of two groups one plays while a GPU decides for the other; a CPU's network needs the games'
-    cores, and is faster for all of them at once. A game that ends restarts within the same step, so
-    that no step is lost to a reset; rewards stay raw. With `life_loss` a lost life also reports
-    `terminated`, while the game goes on.
-
-    Args:
-        rom: ale-py's name of the game, such as "ms_pacman".
-        num_envs: number of games, N.
-        life_loss: whether a lost life ends an episode.
-        repeat_action_probability: sticky actions, 0 to 1.
-        protocol: dict as of `default_protocol`, or None for that.
-        device: where the network is.
-
-    Returns:
-        A list of (Games, slice of the N games that it plays): one, or on a GPU two if N is not 1.
-        An observation is uint8 [4, 84, 84], the oldest frame first, filled up at a game's start.
-    """
-    protocol = protocol or default_protocol()
-    middle = num_envs if torch.device(device).type == "cpu" else (num_envs + 1) // 2
-    parts = [slice(0, middle), slice(middle, num_envs)][:1 if middle == num_envs else 2]
-    return [(Games(rom, part.stop - part.start, protocol["fire_on_life_loss"],
-                   protocol["repeat_first_frame"], protocol["restart_stack"],
-                   autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
-                   life_loss_info=life_loss, repeat_action_probability=repeat_action_probability,
-                   **preprocessing()), part)
-            for part in parts]
-
-
-def game_seeds(num_envs, *entropy):
-    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
-
-    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
-    """
-    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
-
-
-def layer_init(layer, std=math.sqrt(2)):
+def layer_init(layer, std=2**0.5):
     """Orthogonal weights with gain `std` and zero biases."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -305,586 +140,58 @@ class Agent(nn.Module):
     """Three convolutions and a hidden layer, shared by a policy head and a value head: Table 2.
 
     Table 2 prints stride 3 for medium's second convolution, but only stride 2 gives the 422,912
-    weights that it counts. With `bf16` all but the two heads is computed in bfloat16.
-
-    Args:
-        capacity: name in SIZES, or the four widths themselves.
-        num_actions: A.
+    weights that it counts. `capacity` may also be the four widths themselves.
     """
-
-    SIZES = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
-    bf16 = False
 
     def __init__(self, capacity, num_actions):
         super().__init__()
-        c1, c2, c3, hidden = self.SIZES.get(capacity, capacity)
+        sizes = {"high": (32, 64, 64, 512), "medium": (16, 32, 32, 256), "low": (8, 16, 16, 128)}
+        c1, c2, c3, hidden = sizes.get(capacity, capacity)
         self.network = nn.Sequential(
-            layer_init(nn.Conv2d(4, c1, 8, stride=4)), nn.ReLU(),
-            layer_init(nn.Conv2d(c1, c2, 4, stride=2)), nn.ReLU(),
-            layer_init(nn.Conv2d(c2, c3, 3)), nn.ReLU(), nn.Flatten(),
-            layer_init(nn.Linear(c3 * 7 * 7, hidden)), nn.ReLU(),
+            layer_init(nn.Conv2d(4, c1, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(c1, c2, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(c2, c3, 3)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(c3 * 7 * 7, hidden)),
+            nn.ReLU(),
         )
         self.actor = layer_init(nn.Linear(hidden, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(hidden, 1), std=1)
 
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
-        # channels_last is the layout in which small convolutions are fastest on a CPU, and bytes
-        # are cheaper to rearrange than floats
-        x = obs.contiguous(memory_format=torch.channels_last)
-        x = x.to(torch.bfloat16 if self.bf16 else torch.float32)  # whole numbers, exact in both
+        # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
+        x = obs.contiguous(memory_format=torch.channels_last).float()
         first, *rest = self.network
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            # divides 255 out of the first convolution's weights instead of out of every pixel
-            x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
-            for layer in rest:
-                x = layer(x)
-        x = x.float()
+        # divides 255 out of the first convolution's weights instead of out of every pixel
+        x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
+        for layer in rest:
+            x = layer(x)
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sample_actions(logits, generator=None):
-    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+def kl_divergence(target_probs, logits):
+    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats.
 
-
-def catch_stops():
-    """Let a first SIGINT or SIGTERM raise KeyboardInterrupt(its number), a second leave at once.
-
-    It is raised in this file's own code, where it is certain to end the script: some libraries
-    swallow what is raised in a callback of theirs. Elsewhere a timer tries again, for 2 seconds.
+    p is the teacher's, float32 [B, A], zeros allowed; q = softmax(logits) of the student. Returns
+    float32 [B], one divergence a sample, to be averaged over the batch.
     """
-    first = []  # the first signal's number, and until when it waits for this file's own code
+    return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
 
-    def handle(number, frame):
-        if number != signal.SIGALRM:
-            if first:
-                os._exit(128 + number)
-            first[:] = number, time.monotonic() + 2
-            signal.signal(signal.SIGALRM, handle)
-        own = frame and frame.f_code.co_filename == handle.__code__.co_filename
-        if own or time.monotonic() > first[1]:
-            raise KeyboardInterrupt(first[0])
-        signal.setitimer(signal.ITIMER_REAL, 0.005)
 
-    # at its exit Python gives up the timer's handler, without which the timer would kill
-    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-        atexit.register(signal.signal, number, signal.SIG_DFL)
-
-
-class Outlet(io.FileIO):
-    """Where stdout or stderr goes; drops what cannot be written, as when Ctrl-C ended `tee` too.
-
-    A reader that has stalled keeps nothing waiting for longer than half a second a line.
-    """
-
-    def write(self, content):
-        """Write bytes, or drop them, and return how many are done with."""
-        with contextlib.suppress(OSError):
-            if select.select([], [self], [], 0.5)[1]:
-                return super().write(content) or len(content)
-        return len(content)
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Open a file that stands at `path` whole when the block ends, and not at all if it raises.
-
-    An OSError of the block is raised again with the name of the file.
-    """
-    target = Path(os.path.realpath(path))  # a link stays, and the file that it names is replaced
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def refuse(message):
-    """Turn an error of the block into a UsageError: `message`, and the error itself.
-
-    Foreign files can make the parsers raise anything. A UsageError passes as it is.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{message} ({error!r:.160})") from None
-
-
-def check_output(path, overwrite, *inputs):
-    """Make sure that `path` can be written, before any work is spent on its content.
-
-    What killed processes left of earlier attempts to write it is removed.
-
-    Args:
-        path: file to write.
-        overwrite: whether it may exist already.
-        inputs: paths that are read, and so must not be it.
-
-    Raises:
-        UsageError: if it may not be replaced, is a folder or an input, or lies where none can be.
-    """
-    target = Path(os.path.realpath(path))
-    with refuse(f"{path}: cannot be written; name another"):
-        if target.exists() and not target.is_file():
-            raise UsageError(f"{path}: is a folder or a device; name a file")
-        if str(target) in map(os.path.realpath, inputs):
-            raise UsageError(f"{path}: is read as well; name another file to write")
-        if target.exists() and not overwrite:
-            raise UsageError(f"{path}: exists already; pass --overwrite, or another path")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        for file in target.parent.glob(".*.tmp"):
-            if stale := re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)\.tmp", file.name):
-                with contextlib.suppress(OSError, OverflowError):
-                    try:
-                        os.kill(int(stale[1]), 0)  # signal 0 only asks whether the process lives
-                    except ProcessLookupError:
-                        file.unlink()
-        probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        probe.touch()
-        probe.unlink()
-
-
-def default_path(path, shipped):
-    """`path`, or if nothing is there, the file of `pretrained/` that serves in its place, if any.
-
-    Args:
-        path: where a script of this project would have written the file.
-        shipped: name of the file in the folder `pretrained/` beside this script.
-    """
-    shipped = Path(__file__).resolve().parent / "pretrained" / shipped
-    if Path(path).exists() or not shipped.exists():
-        return path
-    print(f"pretrained  {os.path.relpath(shipped)} serves as {path}, which is not there")
-    return os.path.relpath(shipped)
-
-
-def load_tensors(content):
-    """What torch.save wrote as these bytes; no code in it is run.
-
-    Raises:
-        Exception: of any kind, as foreign bytes can make the parsers raise anything.
-    """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # torch.load does not look at the CRCs, and one flipped bit is a wrong weight; it stores
-        # without compression, so a member that is larger than the file, or claims so, is a trap
-        if (sum(member.file_size for member in archive.infolist()) > len(content)
-                or any(member.compress_type for member in archive.infolist())
-                or archive.testzip() is not None):
-            raise ValueError("CRC mismatch")
-    with warnings.catch_warnings(action="ignore"):  # of odd kinds of tensors
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def load_checkpoint(path, env_id, num_actions, made_by, capacity=None):
-    """Read a checkpoint of this project, of any phase, and its network; run no code in the file.
-
-    Args:
-        path: the `.pt` file.
-        env_id: canonical id of the game that it must belong to.
-        num_actions: size of that game's action set.
-        made_by: command that makes such a file, for the messages.
-        capacity: size that the network must have, if any.
-
-    Returns:
-        The checkpoint, a dict whose tensors are on the CPU and that has a `protocol` even if the
-        file has none, and its Agent.
-
-    Raises:
-        UsageError: if the file is missing, damaged, foreign, of another game, or does not fit.
-    """
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    with refuse(f"{path}: damaged, or its parts do not fit a checkpoint of this project; make it "
-                f"anew with `{made_by}`"):
-        found = load_tensors(Path(path).read_bytes())
-        # all but the tensors is plain, and counted lazily before it is compared or printed: a
-        # small file can name the same list over and over, a list of such lists, and so on
-        plain = {name: x for name, x in found.items()
-                 if name not in ("model", "last_model", "optimizer", "rng")}
-        if sum(1 for _ in itertools.islice(json.JSONEncoder().iterencode(plain), 10**5)) == 10**5:
-            raise ValueError("too many values")
-        for name, wanted, fix in (("format_version", 1, "update the script"),
-                                  ("env_id", env_id, "pass that --env-id"),
-                                  ("capacity", capacity, "pass that --capacity")):
-            if wanted not in (None, found[name]):
-                raise UsageError(f"{path}: its {name} is {found[name]!r:.60}, not {wanted}; {fix}")
-        found["protocol"] = default_protocol() | found.get("protocol", {})
-        results = (found["evaluation"], found.get("evaluation_before"),
-                   found["teacher"]["evaluation"] if found.get("teacher") else None)
-        results = [result for result in results if result is not None]
-        numbers = [result["mean"] for result in results]
-        numbers += found.get("validation", {}).values()
-        counts = (found["global_step"], found.get("epoch", 0), found.get("last_epoch", 0))
-        fits = {
-            "phase": isinstance(found["phase"], str), "args": isinstance(found["args"], dict),
-            "protocol": dict.fromkeys(default_protocol(), bool)
-                == {name: type(x) for name, x in found["protocol"].items()},
-            "result": all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-                and all(isinstance(result.get("protocol", {}), dict) for result in results),
-            "step": all(type(x) is int and x >= 0 for x in counts),
-            # a tensor may repeat one number over and over
-            "size": 4 * sum(x.numel() for x in found["model"].values()) < os.path.getsize(path)}
-        if wrong := [name for name, fit in fits.items() if not fit]:
-            raise ValueError(f"wrong {', '.join(wrong)}")
-        agent = Agent(Agent.SIZES[found["capacity"]], num_actions)
-        for weights in (found.get("last_model", found["model"]), found["model"]):
-            agent.load_state_dict(weights)
-            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in weights.values()):
-                raise ValueError("weights that are not finite or not float32")
-    return found, agent
-
-
-@torch.inference_mode()
-def play(agent, groups, eval_steps, seed, greedy, temperature=1.0):
-    """Play whole games, in a way that favours neither short nor long ones.
-
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N). Every
-    game that it began until then counts, and none after: counting only what has finished within
-    the budget would leave long games out.
-
-    Args:
-        agent: maps observations uint8 [B, 4, 84, 84] to (logits, values).
-        groups: N games of `make_envs(..., life_loss=False)`.
-        eval_steps: budget, summed over the slots; games under way go on to their end.
-        seed: of the games and the actions; training's random state is neither read nor changed.
-        greedy: take the most probable action instead of sampling.
-        temperature: otherwise, sample from softmax(logits / temperature).
-
-    Returns:
-        Raw returns [G] and lengths in steps [G]: two lists, in the order in which the games ended.
-    """
-    device = next(agent.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def decide(envs, obs):
-        logits, _ = agent(torch.from_numpy(obs).to(device))
-        action = logits.argmax(-1) if greedy else sample_actions(logits / temperature, generator)
-        envs.send(action.cpu().numpy())
-
-    num_envs = groups[-1][1].stop
-    seeds = game_seeds(num_envs, seed, 3)
-    for envs, part in groups:
-        decide(envs, envs.reset(seed=seeds[part])[0])
-    playing = np.ones(num_envs, bool)
-    game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-    returns, lengths = [], []
-    slot_step, quota = 0, math.ceil(eval_steps / num_envs)
-    with tqdm(desc="evaluate", unit="step", dynamic_ncols=True, mininterval=1) as bar:
-        while playing.any():
-            slot_step += 1
-            game_length += 1
-            bar.total = max(eval_steps, bar.n + int(playing.sum()))
-            bar.update(int(playing.sum()))
-            for envs, part in groups:
-                obs, reward, terminated, truncated, _ = envs.recv()
-                decide(envs, obs)
-                game_return[part] += reward
-                ended = np.zeros(num_envs, bool)
-                ended[part] = terminated | truncated
-                returns += game_return[ended & playing].tolist()
-                lengths += game_length[ended & playing].tolist()
-                game_return[ended] = game_length[ended] = 0
-                if slot_step >= quota:
-                    playing &= ~ended
-                    bar.set_postfix_str(f"{playing.sum()} games still to end", refresh=False)
-    for envs, _ in groups:
-        envs.recv()
-    return returns, lengths
-
-
-def summarize(returns):
-    """Describe the returns of G games, as a dict of plain numbers.
-
-    std is that of the games themselves (ddof 0). The interquartile mean `iqm` leaves out the
-    floor(G / 4) lowest and highest games. `ci95` is the 95% percentile bootstrap interval of the
-    mean, from 2,000 resamples of the games.
-    """
-    scores = np.sort(np.asarray(returns, np.float64))
-    cut = len(scores) // 4
-    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
-    return {"mean": float(scores.mean()), "std": float(scores.std()), "max": float(scores.max()),
-            "episodes": len(scores), "iqm": float(scores[cut:len(scores) - cut].mean()),
-            "ci95": [float(bound) for bound in np.percentile(means, (2.5, 97.5))]}
-
-
-def evaluate(agent, rom, args, identity, path):
-    """Evaluate a policy by the rule of `play`; write the figures as JSON and print a line of them.
-
-    Args:
-        agent: the policy.
-        rom: ale-py's name of the game.
-        args: eval_steps, eval_greedy, eval_temperature, num_envs, seed and
-            repeat_action_probability are read.
-        identity: env_id, phase, capacity, checkpoint and protocol of the policy; the JSON repeats
-            them.
-        path: file to write, such as `runs/{run_name}/eval.json`.
-
-    Returns:
-        What was written, without the list of every game's return and length.
-    """
-    check_output(path, True)
-    protocol = identity["protocol"]
-    greedy = args.eval_greedy or (protocol["greedy"] and args.eval_temperature is None)
-    temperature = args.eval_temperature or 1.0
-    groups = make_envs(rom, args.num_envs, False, args.repeat_action_probability, protocol,
-                       agent.critic.weight.device)
-    returns, lengths = play(agent, groups, args.eval_steps, args.seed, greedy, temperature)
-    for envs, _ in groups:
-        envs.close()
-    result = {**identity, "seed": args.seed, "greedy": greedy, "temperature": temperature,
-              "num_envs": args.num_envs,
-              "repeat_action_probability": args.repeat_action_probability,
-              "eval_steps": args.eval_steps, "steps": sum(lengths), **summarize(returns)}
-    with atomic_write(path) as file:
-        file.write(json.dumps({**result, "returns": returns, "lengths": lengths}).encode())
-    low, high = result["ci95"]
-    different = f" with {len(set(returns))} different returns" if greedy else ""
-    print(f"evaluation  {result['env_id']} {result['phase']} {result['capacity']}: mean "
-          f"{result['mean']:.2f} ± {result['std']:.2f}, max {result['max']:g}, "
-          f"{len(returns)} games{different}, {result['steps']:,} steps, iqm {result['iqm']:.2f}, "
-          f"95% interval of the mean {low:.2f} to {high:.2f}")
-    return result
-
-
-class Logger:
-    """Scalars to TensorBoard in `runs/{run_name}` and, with `--track`, to a W&B run of that name.
-
-    A run is worth more than its log: where one of the two fails, a warning is all that happens.
-
-    Args:
-        run_name: unique name, no slash.
-        args: dataclass of flags, which are recorded; track and wandb_* are read.
-        group: W&B's group, the game.
-        global_step: where the run goes on; TensorBoard drops what was logged after it.
-        wandb_id: on a resume, the `wandb_id` of before: an online W&B run goes on under it, while
-            an offline one cannot, so that a new one of the same name and group follows it.
-    """
-
-    def __init__(self, run_name, args, group, global_step=0, wandb_id=None):
-        self.folder, self.warned = f"runs/{run_name}", set()
-        self.tensorboard = self.wandb = self.wandb_id = None
-        with self.tolerate("tensorboard"):
-            self.tensorboard = SummaryWriter(self.folder, purge_step=global_step + 1)
-            rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
-            self.tensorboard.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
-        with self.tolerate("wandb"):
-            if args.track:
-                import wandb
-
-                online = wandb.setup().settings.mode == "online"
-                again = {"id": wandb_id, "resume": "allow"} if online and wandb_id else {}
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name,
-                    group=group, job_type=args.exp_name, config=vars(args), save_code=True, **again)
-                self.wandb.define_metric("*", step_metric="global_step")
-                self.wandb_id = self.wandb.id if online else None
-
-    @contextlib.contextmanager
-    def tolerate(self, part):
-        """Turn an error of one part of the log into a warning, given once, and drop that part."""
-        try:
-            yield
-        except Exception as error:
-            setattr(self, part, None)
-            if part not in self.warned:
-                print(f"warning: {part} misses some of this run: {error!r:.300}", file=sys.stderr)
-            self.warned.add(part)
-
-    def log(self, metrics, global_step):
-        """Record a dict of numbers by name, at a step that never goes back."""
-        with self.tolerate("tensorboard"):
-            if shutil.disk_usage(self.folder).free < 2**20:  # its thread would die of a full disk
-                raise OSError("less than 1 MB is free; it goes on when there is more")
-            self.tensorboard = self.tensorboard or SummaryWriter(self.folder)
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, global_step)
-            self.tensorboard.flush()  # a killed process loses nothing that was logged
-        with self.tolerate("wandb"):
-            if self.wandb is not None:
-                self.wandb.log({**metrics, "global_step": global_step})
-
-    def close(self):
-        """End the W&B run; TensorBoard's file is whole after every `log`."""
-        with self.tolerate("wandb"):
-            if self.wandb is not None:
-                self.wandb.finish()
-
-
-def new_run(env_id, args):
-    """Make a new folder in `runs/` and return its name, `{env_id}__{exp_name}__{seed}__{time}`.
-
-    Raises:
-        UsageError: if exp_name holds a slash.
-    """
-    if not re.fullmatch(r"[^/\\\0]{1,100}", args.exp_name):
-        raise UsageError(f"--exp-name {args.exp_name:.100}: must be 1 to 100 letters, no slash")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    while Path("runs", name).exists():
-        name += "-2"
-    Path("runs", name).mkdir(parents=True)
-    return name
-
-
-def set_up_torch(args):
-    """Seed torch, set cuDNN's determinism, keep memory, and return the device of the flags.
-
-    Raises:
-        UsageError: if that is a GPU and there is none.
-    """
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    with contextlib.suppress(AttributeError):  # where the C library is not glibc
-        # glibc returns large blocks to the system at once, so that every batch would fetch its
-        # activations page by page: a fifth to a third of the time at batches of 1024 and more
-        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA GPU here; pass --device cpu or auto")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def read_array(archive, name, dtype, wanted):
-    """Read an array out of an open ZipFile, once its header and its size agree on what it is.
-
-    Args:
-        archive, name: the file, and the member without `.npy`.
-        dtype: NumPy's type that the array must be of.
-        wanted: shape that it must have, whatever the length of its first axis.
-
-    Raises:
-        ValueError: if it is anything else; nothing is allocated for it then.
-    """
-    with archive.open(f"{name}.npy") as member:
-        if np.lib.format.read_magic(member) != (1, 0):  # others may have headers of gigabytes
-            raise ValueError(f"array {name} is of another version than collect_buffer.py writes")
-        shape, _, found = np.lib.format.read_array_header_1_0(member)
-        size = archive.getinfo(member.name).file_size - member.tell()
-        if (found.type is not dtype or not found.isnative or len(shape) != len(wanted)
-                or shape[1:] != wanted[1:] or size != math.prod(shape) * found.itemsize
-                or min(shape, default=0) < 0):
-            raise ValueError(f"array {name} is {found} {shape} in {size} bytes")
-        member.seek(0)
-        return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def load_buffer(path, env_id, action_meanings, made_by):
-    """Read a buffer of `collect_buffer.py`, with every check that a wrong file would fail.
-
-    Args:
-        path: the `.npz` file.
-        env_id: canonical id of the game that it must belong to.
-        action_meanings: names of that game's actions, in order.
-        made_by: command that makes such a file, for the messages.
-
-    Returns:
-        frames, stack_index, action_probs or q_values, values and episode_index, as `collect`
-        describes them, and `meta`, a dict that names which in `targets`: all by name.
-
-    Raises:
-        UsageError: if the file is missing, damaged, foreign, or of other observations or actions.
-    """
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; make it with `{made_by}`")
-    wanted = {"format_version": 1, "env_id": env_id, "action_meanings": action_meanings,
-              "preprocessing": preprocessing()}
-    with refuse(f"{path}: damaged, or no buffer of this project; make it anew with `{made_by}`"):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if ({x.compress_type for x in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-                    or archive.getinfo("meta.npy").file_size > 2**16):
-                raise ValueError("of another compression, which has no limit, or a long meta")
-            # a sample has 16 bytes of stack_index and two frames of its own at the most
-            if (archive.getinfo("frames.npy").file_size
-                    > 2**24 + 2 * 84 * 84 * archive.getinfo("stack_index.npy").file_size / 16):
-                raise ValueError("array frames is too long for the samples")
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if (size := sum(member.file_size for member in members)) > memory:
-                raise UsageError(f"{path}: {size / 1e9:,.1f} GB are more than this machine's "
-                                 "memory; record fewer --num-samples")
-            meta = {"targets": "action_probs", "protocol": {}} | json.loads(
-                str(read_array(archive, "meta", np.str_, ())))
-            meta["protocol"] = default_protocol() | meta["protocol"]
-            for name, value in wanted.items():
-                if meta[name] != value:
-                    raise UsageError(f"{path}: its {name} is {meta[name]!r:.300}, not {value}; "
-                                     f"name another file or game, or make it with `{made_by}`")
-            targets, taught = meta["targets"], meta["teacher"]["evaluation"]
-            if (targets not in ("action_probs", "q_values")
-                    or dict.fromkeys(default_protocol(), bool)
-                    != {name: type(x) for name, x in meta["protocol"].items()}
-                    or not (taught is None or type(taught["mean"]) in (int, float)
-                            and math.isfinite(taught["mean"])
-                            and isinstance(taught.get("protocol", {}), dict))):
-                raise ValueError("wrong targets, protocol or teacher in meta")
-            arrays = {"frames": (np.uint8, (-1, 84, 84)), "stack_index": (np.int32, (-1, 4)),
-                      targets: (np.float32, (-1, len(action_meanings))),
-                      "values": (np.float32, (-1,)), "episode_index": (np.int32, (-1,))}
-            buffer = {name: read_array(archive, name, *kind) for name, kind in arrays.items()}
-        index, outputs = buffer["stack_index"], buffer[targets]
-        with np.errstate(all="ignore"):
-            good = {"stack_index": ((index >= 0) & (index < len(buffer["frames"]))).all(1),
-                    targets: (np.isfinite(outputs).all(1) if targets == "q_values" else
-                              (outputs >= 0).all(1) & (abs(outputs.sum(1) - 1) < 1e-3)),
-                    "values": np.isfinite(buffer["values"]),
-                    "episode_index": np.isin(np.diff(buffer["episode_index"], prepend=0), (0, 1))}
-        for name, rows in good.items():
-            if len(rows) != max(len(index), 2):
-                raise ValueError(f"array {name} has {len(rows)} rows, too many or too few samples")
-            if not rows.all():
-                raise ValueError(f"array {name} is invalid, first in row {rows.argmin()}")
-    return buffer | {"meta": meta}
-
-
-def split_episodes(episode_index, fraction, seed):
-    """Hold out whole episodes, drawn at random until they make up `fraction` of the samples.
-
-    Where that would hold out more than twice as much, because the buffer has few and long
-    episodes, the buffer's last stretch of the wanted length is held out instead.
-
-    Args:
-        episode_index: int32 [N], the episode of each sample, ascending.
-        fraction: share to hold out, 0 to 1.
-        seed: of the draw.
-
-    Returns:
-        Rows to train on and rows to hold out, int64, both ascending and neither empty for N > 1.
-    """
-    wanted = min(max(1, round(fraction * len(episode_index))), len(episode_index) - 1)
-    lengths = np.bincount(episode_index)
-    drawn = np.random.default_rng((seed, 4)).permutation(len(lengths))
-    drawn = drawn[:np.searchsorted(np.cumsum(lengths[drawn]), wanted) + 1]
-    held_out = np.isin(episode_index, drawn)
-    if held_out.sum() > 2 * wanted or held_out.all():
-        held_out = np.arange(len(episode_index)) >= len(episode_index) - wanted
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+def squared_error(target_q, q_values):
+    """|| Q_teacher - Q_student ||^2 over the actions, Rusu et al. 2015: [B, A] twice to [B]."""
+    return (target_q - q_values).square().sum(-1)
 
 
 def make_targets(outputs, q_values, loss, temperature):
-    """What the student is fitted to, made from the teacher's outputs float32 [N, A].
+    """What the student is fitted to, from the teacher's Q-values or probabilities float32 [N, A].
 
-    Args:
-        outputs: Q-values if `q_values`, otherwise probabilities.
-        loss: "kl", "nll" or "mse".
-        temperature: tau of Eq. 2, for "kl" alone.
-
-    Returns:
-        float32 [N, A]. For "kl" softmax(Q / tau), or softmax(log(p) / tau), Eq. 2; for "nll" 1 for
-        the best action and 0 for the others; for "mse" the Q-values.
+    For "kl" softmax(Q / temperature), or softmax(log(p) / temperature), Eq. 2; for "nll" 1 for the
+    best action and 0 for the others; for "mse" the Q-values.
     """
     if loss == "mse":
         return outputs
@@ -895,24 +202,6 @@ def make_targets(outputs, q_values, loss, temperature):
     return outputs if temperature == 1 else (outputs.log() / temperature).softmax(-1)
 
 
-def kl_divergence(target_probs, logits):
-    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats.
-
-    Args:
-        target_probs: float32 [B, A], p, the teacher's; zeros are allowed.
-        logits: float32 [B, A], the student's; q = softmax(logits).
-
-    Returns:
-        float32 [B], one divergence a sample, to be averaged over the batch.
-    """
-    return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
-
-
-def squared_error(target_q, q_values):
-    """|| Q_teacher - Q_student ||^2 over the actions, Rusu et al. 2015: [B, A] twice to [B]."""
-    return (target_q - q_values).square().sum(-1)
-
-
 def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_divergence):
     """The student's loss on one batch.
 
@@ -920,401 +209,525 @@ def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_div
         obs: uint8 [B, 4, 84, 84].
         targets, target_values: float32 [B, A] and [B], from the teacher's outputs.
         value_coef: weight of 0.5 (V - V_teacher)^2; at 0 the critic is not touched.
-        divergence: maps targets and the student's logits to float32 [B]. On targets of 0 and 1
-            `kl_divergence` is the negative log-likelihood.
+        divergence: maps targets and the student's logits to float32 [B].
 
     Returns:
         The loss, a scalar to minimise, and sums over the batch, float32 [2], detached: of the
-        divergence and of the squared value error.
+        divergence and of half the squared value error.
     """
     logits, values = agent(obs)
+    assert values.shape == target_values.shape, "values of shape [B, 1] would broadcast"
     distance = divergence(targets, logits)
-    value_error = (values - target_values).square()
+    value_error = 0.5 * (values - target_values).square()
     loss = distance.mean()
     if value_coef:
-        loss = loss + 0.5 * value_coef * value_error.mean()
+        loss = loss + value_coef * value_error.mean()
     return loss, torch.stack((distance.sum(), value_error.sum())).detach()
 
 
-def compiled(function):
-    """Compile a function of tensors and networks, on a GPU to CUDA graphs, when first called.
-
-    What it returns lasts until its next call; batches of another size are compiled anew. A call
-    raises UsageError where torch.compile cannot do it, as without a C++ compiler.
-    """
-    fast = torch.compile(function, mode="reduce-overhead", dynamic=False)
-
-    def call(*args, **kwargs):
-        try:
-            return fast(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            problem = str(error).splitlines()[0]
-            raise UsageError(f"--compile: {problem:.300}; mend that, or leave it out") from None
-
-    return call
-
-
 def distill_update(agent, optimizer, loss_function, *batch):
-    """One optimiser step of the student on one batch; no value leaves the device.
+    """One optimiser step on one batch, by `batch_loss`, compiled or not; returns its two sums.
 
-    Args:
-        loss_function: `batch_loss`, compiled or not.
-        batch: the arguments of `batch_loss` after the student.
-
-    Returns:
-        The two sums of `batch_loss`, float32 [2].
+    `batch` is what `batch_loss` takes after the student. No value leaves the device.
     """
     optimizer.zero_grad()
     loss, sums = loss_function(agent, *batch)
     loss.backward()
     optimizer.step()
-    return sums.clone()
+    return sums.clone()  # CUDA graphs write the next ones to the same place
 
 
 @torch.inference_mode()
 def validate(agent, get_batch, rows, loss="kl"):
-    """Compare student and teacher on held-out samples.
+    """Compare student and teacher on held-out samples, rows int64 [M] of `get_batch`.
 
-    Args:
-        agent: the student.
-        get_batch: maps rows int64 [B] to (obs, targets, target_values), the targets being those of
-            `make_targets`.
-        rows: int64 [M], the held-out samples.
-        loss: "kl", "nll" or "mse".
-
-    Returns:
-        Means by name: `validation/{loss}`, the loss, in nats unless squared;
-        `validation/agreement`, the share of samples on which both find the same action best;
-        `validation/value_loss`, half the squared error of the critic; and, unless the targets are
-        Q-values, `validation/entropy_gap`, the student's entropy less the targets', in nats.
+    Returns means by name: `validation/{loss}`, in nats unless squared; `validation/agreement`, the
+    share of samples on which both find the same action best; `validation/value_loss`, half the
+    squared error of the critic; `validation/entropy_gap`, the student's entropy less the targets'.
     """
     sums = 0
+    distance = squared_error if loss == "mse" else kl_divergence
     for batch in rows.split(1024):
         obs, targets, target_values = get_batch(batch)
         logits, values = agent(obs)
-        student = logits.softmax(-1)
-        distance = squared_error if loss == "mse" else kl_divergence
-        sums = sums + torch.stack((
-            distance(targets, logits).sum(), (logits.argmax(-1) == targets.argmax(-1)).sum(),
-            0.5 * (values - target_values).square().sum(),
-            targets.xlogy(targets).sum() - student.xlogy(student).sum()))
-    means = dict(zip((f"validation/{loss}", "validation/agreement", "validation/value_loss",
-                      "validation/entropy_gap"), (sums / len(rows)).tolist()))
-    if loss == "mse":  # Q-values have no entropy
-        del means["validation/entropy_gap"]
-    return means
+        student, teacher = logits.softmax(-1), targets.softmax(-1) if loss == "mse" else targets
+        agrees = logits.argmax(-1) == targets.argmax(-1)
+        value_error = 0.5 * (values - target_values).square()
+        entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
+        figures = (distance(targets, logits), agrees, value_error, entropy_gap)
+        sums = sums + torch.stack([figure.sum() for figure in figures])
+    names = (loss, "agreement", "value_loss", "entropy_gap")
+    means = (sums / len(rows)).tolist()
+    return {f"validation/{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint, whole or not at all; a full disk raises OSError, as for any file."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
-
-
-def restore(path, saved, phase, args, agent, optimizer, free=()):
-    """Go on where a checkpoint was saved: put back weights, moments and random states.
-
-    Each moment gets its parameter's memory layout. Fused optimisers pair them by their place in
-    memory: a moment in another layout than its channels_last weight would move the wrong weights,
-    without any error.
-
-    Args:
-        path, saved: the checkpoint's file and content.
-        phase: that the checkpoint must be of.
-        args: the flags now; those that shape training must equal the saved ones.
-        agent, optimizer: what is changed, besides torch's generators.
-        free: further flags that may differ.
-
-    Raises:
-        UsageError: if the checkpoint or a flag does not fit.
-    """
-    if saved["phase"] != phase:
-        raise UsageError(f"{path}: holds no {phase} training; name another --save-path")
-    free = {"total_timesteps", "epochs", "checkpoint_interval", "buffer_path", "save_path",
-            "env_id", "resume", "overwrite", "device", "compile", "track", "wandb_project_name",
-            "wandb_entity", "eval_steps", "eval_greedy", "eval_temperature", "eval_only", *free}
-    for name, value in vars(args).items():
-        before = saved["args"].get(name, getattr(type(args), name))  # a new flag had its default
-        if name not in free and before != value:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
-                             f"{before!r:.60}; resume with that, or name another --save-path")
-    lowest = ({"step": 1, "exp_avg": -math.inf, "exp_avg_sq": 0}
-              if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer": -math.inf})
-    with refuse(f"{path}: its training cannot be restored; name another --save-path"):
-        needed = {"epoch", "last_epoch", "validation"} if phase == "distilled" else set()
-        # the critic, or all but the critic, may have been left out of every update
-        names, parameters = zip(*agent.named_parameters())
-        everything = set(range(len(names)))
-        critic = {i for i in everything if "critic" in names[i]}
-        if not (needed <= saved.keys() and len(os.fsencode(saved["run_name"])) < 256
-                and re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", saved["run_name"])
-                and set(saved["optimizer"]["state"]) in (everything, critic, everything - critic)):
-            raise ValueError("no training to go on with")
-        # a student's weights may be those of an earlier epoch than the last
-        agent.load_state_dict(saved.get("last_model", saved["model"]))
-        for (i, moments), name in itertools.product(saved["optimizer"]["state"].items(), lowest):
-            moment = moments[name].detach()
-            like = parameters[i].sum() if name == "step" else parameters[i]
-            if ((moment.shape, moment.dtype) != (like.shape, torch.float32)
-                    or not (moment.isfinite() & (moment >= lowest[name])).all()):
-                raise ValueError(f"{name} of weight {i}")
-            optimizer.state[parameters[i]][name] = torch.empty_like(like).copy_(moment)
-        torch.set_rng_state(saved["rng"]["torch"])
-        if agent.critic.weight.is_cuda and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
-
-
-def training_state(agent, optimizer):
-    """A copy of weights, optimiser and random states: all that later updates depend on."""
-    cuda = torch.cuda.get_rng_state() if agent.critic.weight.is_cuda else None
-    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                          "rng": {"torch": torch.get_rng_state(), "cuda": cuda}})
-
-
-def share_of_teacher(result, teacher):
-    """A sentence on a policy's mean return as a share of its teacher's.
-
-    Args:
-        result: what `evaluate` returned for the policy, or None.
-        teacher: what the buffer or checkpoint says of the teacher, or None.
-    """
-    taught = teacher and teacher["evaluation"]
-    if result is None or taught is None:
-        return "no share of the teacher's mean, since not both were evaluated"
-    text = f"mean {result['mean']:.2f}, its teacher's {taught['mean']:.2f}: "
-    if min(result["mean"], taught["mean"]) <= 0:
-        text += "no share, since not both are positive"
-    else:
-        text += f"{100 * result['mean'] / taught['mean']:.1f}% of its teacher"
-    rules = ("greedy", "temperature", "repeat_action_probability", "protocol")
-    own = {"protocol": {}, "temperature": 1.0}  # of evaluations from before there was a choice
-    result, taught = own | result, own | taught
-    for evaluation in (result, taught):
-        evaluation["protocol"] = default_protocol() | evaluation["protocol"]
-    if any(result.get(rule) != taught.get(rule) for rule in rules):
-        text += f" (not comparable: {' or '.join(rules)} differs between the two evaluations)"
-    return text
-
-
-def main(args, at_exit):
-    env_id, rom = resolve_game(args.env_id)
-    check_flags(args, seed=(0, 2**63 - 1), num_envs=(1, 1024), eval_temperature=(1e-6, 1e4),
-                repeat_action_probability=(0, 1),
-                eval_steps=(0 if args.eval_only is None else 1, 10**12), epochs=(1, 10**6),
-                batch_size=(1, 10**6), learning_rate=(1e-12, 1e3), temperature=(1e-6, 1e4),
-                value_coef=(0, 1e6), validation_fraction=(0.001, 0.5),
-                early_stop_patience=(0, 10**6), checkpoint_interval=(1, 10**12))
-    if args.eval_greedy and args.eval_temperature is not None:
-        raise UsageError(f"--eval-temperature {args.eval_temperature}: --eval-greedy leaves no "
-                         "chance; drop one")
-    device = set_up_torch(args)
-    (envs, _), = make_envs(rom, 1, False, args.repeat_action_probability)
-    action_meanings = [action.name for action in envs.ale.get_action_set()]
-    num_actions, made_by = len(action_meanings), f"python actor_distill.py --env-id {env_id}"
-    envs.close()
-
-    if args.eval_only is not None:
-        checkpoint, agent = load_checkpoint(
-            args.eval_only, env_id, num_actions, made_by, args.capacity)
-        path = f"runs/{new_run(env_id, args)}/eval.json"
-        identity = {name: checkpoint[name] for name in ("env_id", "phase", "capacity", "protocol")}
-        evaluate(agent.to(device, memory_format=torch.channels_last), rom, args,
-                 identity | {"checkpoint": args.eval_only}, path)
-        print(f"wrote       {path}")
+def main(args):
+    args.env_id, rom = resolve_game(args.env_id)
+    args.buffer_path = find_input(args.buffer_path, Args.buffer_path, "buffer.npz", args)
+    args.save_path = args.save_path.format(**vars(args))
+    device = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
+    if args.eval_only:
+        checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
+        evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
         return
 
-    args.capacity = args.capacity or "medium"
     args.optimizer = args.optimizer or ("sgd" if args.loss == "kl" else "adam")
     args.learning_rate = args.learning_rate or {"sgd": 0.03, "adam": 1e-3}[args.optimizer]
-    buffer_path = args.buffer_path or default_path(
-        f"buffers/{env_id}.npz", f"{env_id}/buffer.npz")
-    save_path = args.save_path or f"checkpoints/{env_id}/distilled_{args.capacity}.pt"
-    check_output(save_path, args.overwrite or args.resume, buffer_path)
-    buffer = load_buffer(buffer_path, env_id, action_meanings,
-                         f"python collect_buffer.py --env-id {env_id}")
-    kind = buffer["meta"]["targets"]
-    if args.loss == "mse" and kind != "q_values":
-        raise UsageError(f"--loss mse: {buffer_path} was recorded from a policy, which has no "
-                         "Q-values; pass --loss kl or nll, or the buffer of a Q-network")
-    if args.loss != "kl" and args.temperature is not None:
-        raise UsageError(f"--temperature {args.temperature}: --loss {args.loss} has none; leave "
-                         "one of the two out")
-    if args.loss == "kl" and args.temperature is None:
-        args.temperature = 0.01 if kind == "q_values" else 1.0
-    check_flags(args, batch_size=(1, len(buffer["stack_index"]) // 2))
-    with open(buffer_path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-
-    frames, stack_index, outputs, values = (
-        torch.from_numpy(buffer[name]).to(device)
-        for name in ("frames", "stack_index", kind, "values"))
-    targets = make_targets(outputs, kind == "q_values", args.loss, args.temperature)
-    loss_function = compiled(batch_loss) if args.compile else batch_loss
-    divergence = squared_error if args.loss == "mse" else kl_divergence
-    train_rows, held_out_rows = split_episodes(
-        buffer["episode_index"], args.validation_fraction, args.seed)
-    held_out_rows = torch.from_numpy(held_out_rows).to(device)
+    claim(args.save_path, args.overwrite or args.resume)
+    *buffer, episode_index, meta = load_buffer(args.buffer_path, args.env_id)
+    q_values = meta.get("targets") == "q_values"
+    if args.loss == "mse" and not q_values:
+        sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
+    args.temperature = args.temperature or (0.01 if q_values else 1.0)
+    train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
+    new = unseen(*buffer[:2], train_rows, held_out)
+    print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
+    held_out = torch.from_numpy(new if len(new) else held_out).to(device)
+    frames, stack_index, outputs, values = (torch.from_numpy(array).to(device) for array in buffer)
+    targets = make_targets(outputs, q_values, args.loss, args.temperature)
 
     def get_batch(rows):
         """Observations uint8 [B, 4, 84, 84], targets and target values of samples."""
         # with the channels last, as the network wants them: cheaper here than by rearranging
         newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
-        obs = torch.stack(newest_last, -1).permute(0, 3, 1, 2)
-        return obs, targets[rows], values[rows]
+        return torch.stack(newest_last, -1).permute(0, 3, 1, 2), targets[rows], values[rows]
 
-    agent = Agent(args.capacity, num_actions).to(device, memory_format=torch.channels_last)
+    agent, checkpoint = Agent(args.capacity, outputs.shape[1]), {}
+    if args.resume and os.path.exists(args.save_path):
+        checkpoint, agent = load_checkpoint(args.save_path, args.env_id, "pass --overwrite")
+        agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
+    agent = agent.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    else:
-        optimizer = torch.optim.SGD(agent.parameters(), lr=args.learning_rate, momentum=0.9,
-                                    fused=True)
-    identity = {"env_id": env_id, "phase": "distilled", "capacity": args.capacity,
-                "checkpoint": save_path,
-                "protocol": buffer["meta"]["protocol"] | {"greedy": args.loss == "mse"}}
-    saved = {}
-    if args.resume and Path(save_path).exists():
-        saved, _ = load_checkpoint(
-            save_path, env_id, num_actions, made_by + " --overwrite", args.capacity)
-        restore(save_path, saved, "distilled", args, agent, optimizer,
-                free=("num_envs", "repeat_action_probability"))
-        if saved.get("buffer_sha256") != sha256:
-            raise UsageError(f"--buffer-path {buffer_path}: {save_path} was distilled from another "
-                             "buffer; resume with that, or distil to another --save-path")
-    state, last_saved = saved, saved.get("last_epoch", 0)
-    global_step = start_step = last_saved * len(train_rows)
-    run_name = saved.get("run_name") or new_run(env_id, args)
-    logger = Logger(run_name, args, env_id, global_step, saved.get("wandb_id"))
-    at_exit.callback(logger.close)
-    if args.resume:
-        print(f"resumed     {save_path} after epoch {last_saved}" if saved else
-              f"resume      {save_path} is not there yet, so distillation starts anew")
-    print(f"run         runs/{run_name} on {device}, {args.epochs} epochs of {len(train_rows):,} "
-          f"samples, {len(held_out_rows):,} held out")
+        optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    if checkpoint:
+        restore(checkpoint, "distilled", args, agent, optimizer)
+    first_epoch = checkpoint.get("last_epoch", 0) + 1
+    global_step = start_step = (first_epoch - 1) * len(train_rows)
+    writer = open_log(args, checkpoint.get("run_name"), global_step)
+    about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
+    about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
+    about |= {"args": vars(args), "teacher": meta["teacher"]}
+    lr = annealed(args, (first_epoch - 1) / args.epochs)
+    print(f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}")
 
-    def save(evaluation=None, final=False):
-        """Write the student as of the last whole epoch; only warn if others are to follow."""
-        nonlocal last_saved
-        try:
-            save_checkpoint(save_path, {
-                **state, "format_version": 1, **identity, "num_actions": num_actions,
-                "args": vars(args), "evaluation": evaluation, "run_name": run_name,
-                "wandb_id": logger.wandb_id, "teacher": buffer["meta"]["teacher"],
-                "buffer_sha256": sha256})
-            last_saved = state["last_epoch"]
-        except OSError as error:
-            if final:
-                raise
-            print(f"\nwarning: epoch {state['last_epoch']} not saved: {error}", file=sys.stderr)
-
-    def kept():
-        """Say what is saved."""
-        return f"{save_path} holds epoch {last_saved}" if last_saved else "nothing is saved yet"
-
-    def save_when_stopped(kind, *_):
-        """Save what is whole, if a signal ends the script, and say how to go on."""
-        if kind is KeyboardInterrupt:
-            if state and state["last_epoch"] > last_saved:
-                save()
-            words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-            words = ["python", *words, "--resume"] if last_saved else ["python", *sys.argv]
-            print(f"\nstopped     {kept()}; to go on:\n"
-                  f"            {shlex.join(words)}", file=sys.stderr)
-
-    at_exit.push(save_when_stopped)
-    criterion, shown = f"validation/{args.loss}", args.loss.upper()
-    if not saved:
-        validation = validate(agent, get_batch, held_out_rows, args.loss)
-        logger.log(validation, 0)
-        print(f"epoch 0     held-out {shown} {validation[criterion]:.4f}, agreement "
-              f"{validation['validation/agreement']:.1%}")
+    loss_function = batch_loss
+    if args.compile:
+        loss_function = torch.compile(batch_loss, mode="reduce-overhead", dynamic=False)
+    divergence = squared_error if args.loss == "mse" else kl_divergence
+    criterion, patience = f"validation/{args.loss}", args.early_stop_patience
     start_time = time.time()
-    bar = at_exit.enter_context(
-        tqdm(total=args.epochs * len(train_rows), initial=global_step, desc="distil",
-             unit="sample", dynamic_ncols=True, mininterval=1))
-    for epoch in range(last_saved + 1, args.epochs + 1):
-        if state and 0 < args.early_stop_patience <= state["last_epoch"] - state["epoch"]:
-            break
-        order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
-        sums = torch.zeros(2, device=device)
-        agent.bf16 = args.bf16
-        batches = torch.from_numpy(order).to(device).split(args.batch_size)
-        for i, rows in enumerate(batches):
-            if args.anneal_lr:
-                fraction_left = 1 - (epoch - 1 + i / len(batches)) / args.epochs
-                optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
-            sums += distill_update(agent, optimizer, loss_function, *get_batch(rows),
-                                   args.value_coef, divergence)
-            bar.update(len(rows))
-        agent.bf16 = False
-        loss, value_error = (sums / len(train_rows)).tolist()
-        # a gradient that is not finite leaves weights that are not, even after a finite loss
-        if not all(x.isfinite().all() for x in (sums, *agent.parameters())):
-            raise UsageError(f"distillation diverged in epoch {epoch}, {shown} {loss}, value error "
-                             f"{value_error}; {kept()}; lower --learning-rate")
-        validation = validate(agent, get_batch, held_out_rows, args.loss)
-        global_step += len(train_rows)
-        sps = (global_step - start_step) / (time.time() - start_time)
-        logger.log({f"losses/{args.loss}": loss, "losses/value_loss": 0.5 * value_error,
-                    **validation, "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                    "charts/epoch": epoch, "charts/SPS": sps}, global_step)
-        bar.set_postfix_str(f"epoch {epoch}, held-out {shown} {validation[criterion]:.4f}",
-                            refresh=False)
-        last = training_state(agent, optimizer)
-        student = {"epoch": epoch, "global_step": global_step, "validation": validation,
-                   "model": last["model"]}
-        if (state and args.early_stop_patience
-                and validation[criterion] >= state["validation"].get(criterion, math.inf)):
-            student = {name: state[name] for name in student}
-        state = {**last, "last_model": last["model"], "last_epoch": epoch, **student}
-        if (epoch + 1 - last_saved) * len(train_rows) > args.checkpoint_interval:
-            save()
-    bar.close()
-    if state["last_epoch"] > last_saved:
-        save(final=not args.eval_steps)
-    agent.load_state_dict(state["model"])
-    validation = validate(agent, get_batch, held_out_rows, args.loss)
-    print(f"epoch {state['epoch']:<5} held-out {shown} {validation[criterion]:.4f}, agreement "
-          f"{validation['validation/agreement']:.1%}"
-          + ("" if args.loss == "mse" else
-             f", entropy gap {validation['validation/entropy_gap']:+.4f}"))
-    if state["epoch"] < state["last_epoch"]:
-        print(f"kept        the weights of epoch {state['epoch']} of {state['last_epoch']}")
+    bar = progress(initial=global_step, total=args.epochs * len(train_rows), unit="sample")
+    try:
+        for epoch in range(first_epoch, args.epochs + 1):
+            if 0 < patience < epoch - checkpoint.get("epoch", 0):
+                break
+            order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
+            batches = torch.from_numpy(order).to(device).split(args.batch_size)
+            sums = torch.zeros(2, device=device)
+            for i, rows in enumerate(batches):
+                done = (epoch - 1 + i / len(batches)) / args.epochs
+                optimizer.param_groups[0]["lr"] = annealed(args, done)
+                batch = (*get_batch(rows), args.value_coef, divergence)
+                sums += distill_update(agent, optimizer, loss_function, *batch)
+                bar.update(len(rows))
 
-    result = None
-    if args.eval_steps:
-        result = evaluate(agent, rom, args, identity, f"runs/{run_name}/eval.json")
-        save(result, final=True)
-        if global_step > start_step or not saved.get("evaluation"):  # else it was logged before
-            logger.log({f"eval/{name}": result[name] for name in ("mean", "std", "iqm")},
-                       global_step)
-        print(f"wrote       runs/{run_name}/eval.json")
-    print(f"wrote       {save_path}, {Path(save_path).stat().st_size / 1e6:.1f} MB")
-    print("curves      tensorboard --logdir runs")
+            global_step += len(train_rows)
+            loss, value_loss = (sums / len(train_rows)).tolist()
+            if not math.isfinite(loss + value_loss):
+                sys.exit(f"distillation diverged in epoch {epoch}; lower --learning-rate")
+            validation = validate(agent, get_batch, held_out, args.loss)
+            metrics = {f"losses/{args.loss}": loss, "losses/value_loss": value_loss, **validation}
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+            metrics["charts/epoch"] = epoch
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step)
+            writer.flush()
+            bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
+
+            state = training_state(agent, optimizer)
+            state |= {"last_model": state["model"], "last_epoch": epoch}
+            state |= {"epoch": epoch, "global_step": global_step, "validation": validation}
+            if (
+                patience
+                and epoch > 1
+                and validation[criterion] >= checkpoint["validation"][criterion]
+            ):
+                kept = ("model", "epoch", "global_step", "validation")
+                state |= {name: checkpoint[name] for name in kept}
+            checkpoint = {**about, **state}
+            save_checkpoint(args.save_path, checkpoint)
+        bar.close()
+        agent.load_state_dict(checkpoint["model"])
+        figures = [f"{name} {value:.4f}" for name, value in checkpoint["validation"].items()]
+        print(f"kept        epoch {checkpoint['epoch']}: {', '.join(figures)}")
+        if args.eval_steps:
+            checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer)
+            save_checkpoint(args.save_path, checkpoint)
+    except KeyboardInterrupt:
+        epochs = checkpoint.get("last_epoch", 0)
+        sys.exit(f"\nstopped after {epochs} epochs; to go on: {resume_command()}")
+    print(f"wrote       {args.save_path}")
     action = "finetune_student.py --student-path"
     if args.loss == "mse":  # no policy for PPO to start from
         action = "actor_distill.py --eval-only"
-    print(f"next        python {action} {shlex.quote(save_path)} --env-id {env_id}")
-    print(f"student     {share_of_teacher(result, buffer['meta']['teacher'])}")
+    print(f"next        python {action} {args.save_path} --env-id {args.env_id}")
+    share = share_of_teacher(checkpoint.get("evaluation"), meta["teacher"]["evaluation"])
+    print(f"student     {share}")
+
+
+def load_buffer(path, env_id):
+    """Read a buffer of `collect_buffer.py`; runs no code in it, exits where it cannot be used.
+
+    Returns frames uint8 [F, 84, 84], stack_index int32 [N, 4], action_probs or q_values float32
+    [N, A], values float32 [N], episode_index int32 [N], and `meta`, a dict.
+    """
+    fix = f"make one with `python collect_buffer.py --env-id {env_id}`"
+    try:
+        with np.load(path) as file:
+            meta = json.loads(str(file["meta"]))
+            if meta["env_id"] != env_id:
+                sys.exit(f"{path}: plays {meta['env_id']}; pass that --env-id, or {fix}")
+            targets = meta.get("targets", "action_probs")
+            names = ("frames", "stack_index", targets, "values", "episode_index")
+            frames, stack_index, outputs, *rest = (file[name] for name in names)
+        fits = [len(array) == len(stack_index) for array in (outputs, *rest)]
+        fits.append(frames.shape[1:] == (84, 84) and frames.dtype == np.uint8)
+        fits.append(0 <= stack_index.min() and stack_index.max() < len(frames))
+        fits.append(targets == "q_values" or np.allclose(outputs.sum(1), 1, atol=1e-3))
+        if not all(fits) or not np.isfinite(outputs).all():
+            raise ValueError("its arrays do not fit each other, or hold no probabilities")
+    except Exception as error:  # noqa: BLE001, as foreign files can raise anything
+        sys.exit(f"{path}: no buffer of this project ({error!r:.250}); {fix}")
+    return frames, stack_index, outputs, *rest, meta
+
+
+def split_episodes(episode_index, fraction, seed):
+    """Hold out whole episodes, drawn at random until they make up `fraction` of the samples.
+
+    Where that would hold out more than twice as much, because the buffer has few and long
+    episodes, the buffer's last stretch of the wanted length is held out instead. Returns rows to
+    train on and rows to hold out, int64, both ascending and neither empty for N > 1.
+    """
+    wanted = min(max(1, round(fraction * len(episode_index))), len(episode_index) - 1)
+    lengths = np.bincount(episode_index)
+    drawn = np.random.default_rng((seed, 4)).permutation(len(lengths))
+    drawn = drawn[: np.searchsorted(np.cumsum(lengths[drawn]), wanted) + 1]
+    held_out = np.isin(episode_index, drawn)
+    if held_out.sum() > 2 * wanted or held_out.all():
+        held_out = np.arange(len(episode_index)) >= len(episode_index) - wanted
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def unseen(frames, stack_index, train_rows, held_out):
+    """The held-out rows whose observation is no training row's; many are, as games start alike."""
+    checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
+    observations = checksums[stack_index].view("V16").ravel()
+    return held_out[~np.isin(observations[held_out], observations[train_rows])]
+
+
+def annealed(args, done):
+    """The learning rate after a share `done`, 0 to 1, of the training."""
+    return args.learning_rate * (1 - done if args.anneal_lr else 1)
+
+
+class AtariEnvs(AtariVectorEnv):
+    """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
+
+    So do the wrappers that the paper's reference code uses; ale-py's defaults are the rest of that
+    protocol. The stack of frames runs on over a lost life, which with `life_loss` also reports
+    `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
+    are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
+
+    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given.
+    `game_over`, bool [N]: the games that ended with the last step.
+    """
+
+    def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
+        super().__init__(
+            rom,
+            num_envs,
+            autoreset_mode="SameStep",
+            reward_clipping=False,
+            life_loss_info=life_loss,
+            repeat_action_probability=repeat_action_probability,
+        )
+        self.action_meanings = [action.name for action in self.ale.get_action_set()]
+        self.fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        self.forced = np.zeros(self.num_envs, bool)
+        return obs, info
+
+    def step(self, actions):
+        if self.forced.any():
+            actions = np.where(self.forced, self.fire, actions)
+        obs, reward, terminated, truncated, info = super().step(actions)
+        self.game_over = info["episode_frame_number"] < self.frame_number
+        lost_life = (0 < info["lives"]) & (info["lives"] < self.lives) & ~self.game_over
+        self.forced = lost_life & (self.fire is not None)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        return obs, reward, terminated, truncated, info
+
+
+def game_seeds(num_envs, *entropy):
+    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+
+    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
+    """
+    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
+
+
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@torch.inference_mode()
+def play(agent, envs, eval_steps, seed, greedy, device):
+    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
+
+    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N); every
+    game that it began until then counts. As long games make a slot's games fewer, the mean over
+    games keeps a bias of the order of one over the games of a slot.
+
+    `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
+    nothing in `envs`; `seed` is that of games and actions, and torch's own is left alone.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
+    playing, slot_step = np.ones(envs.num_envs, bool), 0
+    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+    returns, lengths = [], []
+    bar = progress(desc="evaluate", total=eval_steps, unit="step")
+    while playing.any():
+        logits, _ = agent(torch.from_numpy(obs).to(device))
+        actions = logits.argmax(-1) if greedy else sample_actions(logits, generator)
+        obs, reward, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        slot_step += 1
+        bar.total = max(eval_steps, bar.n + int(playing.sum()))
+        bar.update(int(playing.sum()))
+        game_return += reward
+        game_length += 1
+        ended = terminated | truncated
+        returns += game_return[ended & playing].tolist()
+        lengths += game_length[ended & playing].tolist()
+        game_return[ended] = game_length[ended] = 0
+        if slot_step * envs.num_envs >= eval_steps:
+            playing &= ~ended
+    bar.close()
+    return returns, lengths
+
+
+def summarize(returns):
+    """Mean, sd (ddof 0), max and interquartile mean of games' returns, as plain numbers.
+
+    `iqm` leaves out the floor(G / 4) lowest and highest of G games. `ci95` is the 95% percentile
+    bootstrap interval of the mean, from 2,000 resamples of the games; None for a single game.
+    """
+    scores = np.sort(np.asarray(returns, np.float64))
+    cut = len(scores) // 4
+    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
+    return {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "max": float(scores.max()),
+        "episodes": len(scores),
+        "iqm": float(scores[cut : len(scores) - cut].mean()),
+        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
+    }
+
+
+def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
+    """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
+
+    A student of Q-values plays its best action. Of `checkpoint`, env_id, phase, capacity,
+    checkpoint, args and global_step are read. Returns what is written but each game's figures.
+    """
+    greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
+    envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
+    device = next(agent.parameters()).device
+    returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
+    envs.close()
+    flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
+    result = {
+        **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
+        **{name: getattr(args, name) for name in flags},
+        "greedy": greedy,
+        "steps": sum(lengths),
+        **summarize(returns),
+    }
+    path = Path(writer.log_dir, f"{name}.json")
+    path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
+    for key in ("mean", "std", "iqm"):
+        writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
+    writer.flush()
+    print(
+        f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
+        f"{result['ci95'] or 'unknown'}, max {result['max']:g}, {len(returns)} games, {len(set(returns))} "
+        f"different returns, {result['steps']:,} steps: {path}"
+    )
+    return result
+
+
+def share_of_teacher(result, teacher):
+    """A student's mean return as a share of its teacher's, in words; both are evaluations or None."""
+    if not result or not teacher:
+        return "no share of its teacher, since not both are evaluated"
+    text = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
+    if min(result["mean"], teacher["mean"]) > 0:
+        text += f": {result['mean'] / teacher['mean']:.1%} of its teacher"
+    rules = ("greedy", "repeat_action_probability")
+    if any(result[rule] != teacher[rule] for rule in rules):
+        text += f"; not comparable, as {' or '.join(rules)} differs"
+    return text
+
+
+def resolve_game(env_id):
+    """The canonical id of a gymnasium id, and ale-py's ROM name; exits for an unknown game.
+
+    `ALE/MsPacman-v5` gives ("MsPacmanNoFrameskip-v4", "ms_pacman").
+    """
+    games = {f"{r.title().replace('_', '')}NoFrameskip-v4": r for r in roms.get_all_rom_ids()}
+    canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
+    if canonical not in games:
+        close = difflib.get_close_matches(canonical, games, cutoff=0)
+        sys.exit(f"--env-id {env_id}: no such game; close names are {', '.join(close)}")
+    return canonical, games[canonical]
+
+
+def find_input(path, default, shipped, args):
+    """`path` with its flags filled in, or if that is the default and missing, the shipped file."""
+    path, pretrained = path.format(**vars(args)), Path(__file__).with_name("pretrained")
+    shipped = pretrained / args.env_id / shipped
+    if path == default.format(**vars(args)) and not os.path.exists(path) and shipped.exists():
+        print(f"pretrained  {shipped} serves as {path}")
+        return str(shipped)
+    return path
+
+
+def set_up_torch(seed, cuda, torch_deterministic):
+    """Seed torch, set cuDNN's determinism, keep memory, and return the device."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = torch_deterministic
+    torch.backends.cudnn.benchmark = not torch_deterministic
+    if sys.platform == "linux":
+        # glibc would return every batch's activations to the system and fetch them page by page
+        # again, a fifth to a third of the time at batches of 1024 and more
+        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+
+
+def progress(**options):
+    """A progress bar, drawn anew every second, or every minute where stderr is a file."""
+    seconds = 1 if sys.stderr.isatty() else 60
+    return tqdm(mininterval=seconds, maxinterval=seconds, dynamic_ncols=True, **options)
+
+
+def open_log(args, run_name=None, global_step=0):
+    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; drops what came after global_step."""
+    started = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_name = run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{started}"
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            group=args.env_id,
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            config=vars(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
+    writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
+    rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
+    return writer
+
+
+def claim(path, replace):
+    """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
+    if os.path.isdir(path) or (os.path.exists(path) and not replace):
+        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{path}: another run is writing it; pass another path")
+    except OSError as error:
+        sys.exit(f"{path}: cannot be written ({error}); pass another path")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all."""
+    torch.save(checkpoint, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, env_id, fix):
+    """Read a checkpoint of this project, of any phase: the dict, and its Agent; runs no code in it.
+
+    Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
+    """
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("damaged: a checksum is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["env_id"] != env_id:
+            sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
+        agent = Agent(saved["capacity"], len(saved["model"]["actor.bias"]))
+        agent.load_state_dict(saved["model"])
+    except pickle.UnpicklingError:
+        sys.exit(f"{path}: damaged, or a pickled module instead of plain tensors; {fix}")
+    except Exception as error:  # noqa: BLE001, as foreign files can raise anything
+        sys.exit(f"{path}: no checkpoint of this project ({error!r:.250}); {fix}")
+    return saved, agent
+
+
+def training_state(agent, optimizer):
+    """A copy of weights, optimiser and random states: all that later updates depend on."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    rng = {"torch": torch.get_rng_state(), "cuda": cuda}
+    state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}
+    return copy.deepcopy(state)
+
+
+def restore(saved, phase, args, agent, optimizer):
+    """Put back what `training_state` copied, and print which flags are not those of before."""
+    kind = (phase, args.capacity)
+    if kind != (saved["phase"], saved["capacity"]) or "optimizer" not in saved:
+        sys.exit(f"{args.save_path}: holds no training of kind {kind}; pass another path")
+    optimizer.load_state_dict(saved["optimizer"])
+    for parameter, moments in optimizer.state.items():
+        # fused optimisers pair weights and moments by their place in memory: in another layout
+        # than its channels_last weight a moment would move the wrong weights, without an error
+        for name in moments.keys() - {"step"}:
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+    torch.set_rng_state(saved["rng"]["torch"])
+    if torch.cuda.is_available() and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    for name, before in saved["args"].items():
+        now = vars(args).get(name, before)
+        if now != before and name not in ("resume", "overwrite"):
+            print(f"resumed     with --{name.replace('_', '-')} {now}; it was {before}")
+
+
+def resume_command():
+    """The command that goes on with this run."""
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *words, "--resume"])
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.BufferedWriter(Outlet(number, "w", closefd=False)),
-                         errors="replace", line_buffering=True) for number in (1, 2))
-    catch_stops()
-    try:
-        with contextlib.ExitStack() as at_exit:
-            main(tyro.cli(Args), at_exit)
-    except (UsageError, OSError, MemoryError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if "memory" not in repr(error).lower():
-                raise
-            problem = f"out of memory ({problem:.99}); use smaller batches, fewer games or samples"
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print("stopped by a signal", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    main(tyro.cli(Args))
