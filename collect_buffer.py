@@ -349,16 +349,11 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
 
 
 def load_teacher(path, env_id, num_actions):
-    """Read a teacher of this project or another, known by its layers' names; runs no code in it.
+    """Read a teacher, of a kind that its layers' names tell; runs no code in it.
 
-    Args:
-        path: a checkpoint of this project; a state dict of CleanRL's PPO or DQN, or of Kostrikov's
-            pytorch-a2c-ppo-acktr-gail; a zip of Stable-Baselines3's PPO or DQN with CnnPolicy.
-        env_id, num_actions: the game, which only this project's files name.
-
-    Returns:
-        What it is, a dict of checkpoint (its path), sha256, env_id, phase, capacity, args,
-        global_step and evaluation, and its Agent. Exits for any other file.
+    Returns what it is, a dict of checkpoint (its path), sha256, env_id, phase, capacity, args,
+    global_step and evaluation, and its Agent. Only this project's files name their game. Exits for
+    a file of any other kind, game or number of actions.
     """
     network = ("network.0", "network.2", "network.4", "network.7")
     kostrikov = ("base.main.0", "base.main.2", "base.main.4", "base.main.7")
@@ -370,32 +365,26 @@ def load_teacher(path, env_id, num_actions):
         "Stable-Baselines3 PPO": (*cnn, "action_net", "value_net"),
         "Stable-Baselines3 DQN": (*(f"q_net.{layer}" for layer in cnn), "q_net.q_net.0"),
     }
-    fix = f"pass a checkpoint of this project, or state dict or zip of: {', '.join(layouts)}"
+    fix = f"make one with `python ppo_atari_teacher.py --env-id {env_id}`, or pass one of CleanRL, "
+    fix += "Kostrikov or Stable-Baselines3 (README: any teacher)"
     try:
-        content = Path(path).read_bytes()
-        file = io.BytesIO(content)
-        if zipfile.is_zipfile(file):
-            archive = zipfile.ZipFile(file)
+        file = path
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
             if archive.testzip():
                 raise ValueError("damaged: a checksum is wrong")
             if "policy.pth" in archive.namelist():
                 file = io.BytesIO(archive.read("policy.pth"))
-        file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved.get("env_id", env_id) != env_id:
             sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
-        # names without the prefixes of compiled and of data-parallel modules
-        found = {
-            re.sub(r"^(module\.|_orig_mod\.)+", "", name): x
-            for name, x in saved.get("model", saved).items()
-        }
-        copies = {name for name in found if name.startswith("q_net_target.")}
-        copies |= {
-            name
-            for name in found
-            if name[:3] in ("pi_", "vf_") and torch.equal(found[name], found[name[3:]])
-        }
-        layers = {name.rpartition(".")[0] for name in found.keys() - copies}
+        wrappers = r"^(module\.|_orig_mod\.)+"  # of data-parallel and of compiled modules
+        found = {re.sub(wrappers, "", name): x for name, x in saved.get("model", saved).items()}
+        for name in list(found):  # Stable-Baselines3 saves its networks several times
+            copied = name[:3] in ("pi_", "vf_") and torch.equal(found[name], found[name[3:]])
+            if copied or name.startswith("q_net_target."):
+                del found[name]
+        layers = {name.rpartition(".")[0] for name in found}
         kinds = [kind for kind, names in layouts.items() if layers == set(names)]
         if not kinds:
             raise ValueError(f"its layers are {', '.join(sorted(layers))}")
@@ -412,7 +401,7 @@ def load_teacher(path, env_id, num_actions):
         sys.exit(f"{path}: no teacher of {env_id} ({error!r:.250}); {fix}")
     teacher = {
         "checkpoint": path,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "env_id": env_id,
         "phase": saved.get("phase", kinds[0]),
         "capacity": saved.get("capacity", "-".join(map(str, widths))),

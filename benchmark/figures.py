@@ -53,7 +53,7 @@ def game_returns(parts):
 def moving_mean(steps, returns, window=100):
     """The mean return of the last `window` games, at the steps at which it is known."""
     window = min(window, len(returns))
-    return steps[window - 1:], np.convolve(returns, np.ones(window) / window, "valid")
+    return steps[window - 1 :], np.convolve(returns, np.ones(window) / window, "valid")
 
 
 def learning_curve(parts, path):
@@ -74,10 +74,13 @@ def learning_curve(parts, path):
     axes.plot(steps, returns, ".", markersize=2, color="0.75", label="one game")
     axes.plot(*moving_mean(steps, returns), color="C3", label="mean of the last 100 games")
     result = json.loads((folder / "eval.json").read_text())
-    axes.axhline(result["mean"], linestyle="--", linewidth=1, color="k",
-                 label=f"shipped checkpoint, {result['episodes']} games: {result['mean']:.2f}")
-    axes.set(xlabel="environment steps", ylabel="raw return of a full game",
-             title=f"{result['env_id']}: PPO teacher, one seed")
+    label = f"shipped checkpoint, {result['episodes']} games: {result['mean']:.2f}"
+    axes.axhline(result["mean"], linestyle="--", linewidth=1, color="k", label=label)
+    axes.set(
+        xlabel="environment steps",
+        ylabel="raw return of a full game",
+        title=f"{result['env_id']}: PPO teacher, one seed",
+    )
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
     return result
@@ -94,8 +97,11 @@ def capacities_figure(folder, teacher_parts, path):
         return
     for label, (parts, color) in curves.items():
         axes.plot(*moving_mean(*game_returns(parts)), color=color, label=label)
-    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 games",
-             title="Trained directly, one seed each")
+    axes.set(
+        xlabel="environment steps",
+        ylabel="mean return of the last 100 games",
+        title="Trained directly, one seed each",
+    )
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -104,15 +110,19 @@ def critics_figure(folder, path):
     """Returns while a distilled medium student is fine-tuned from three kinds of critic."""
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for name, label, color in (
-            ("tuned_medium", "untrained critic, as in the paper", "C4"),
-            ("tuned_warmup_medium", "--critic-warmup-updates 10", "C1"),
-            ("tuned_value_medium", "distilled with --value-coef 0.5", "C2")):
+        ("tuned_medium", "untrained critic, as in the paper", "C4"),
+        ("tuned_warmup_medium", "--critic-warmup-updates 10", "C1"),
+        ("tuned_value_medium", "distilled with --value-coef 0.5", "C2"),
+    ):
         for i, run in enumerate(sorted(folder.glob(f"{name}_[0-9]*"))):
-            axes.plot(*moving_mean(*scalar(run, "charts/episodic_return"), window=50), color=color,
-                      label=None if i else label)
+            curve = moving_mean(*scalar(run, "charts/episodic_return"), window=50)
+            axes.plot(*curve, color=color, label=None if i else label)
     if axes.lines:
-        axes.set(xlabel="environment steps of fine-tuning", title="Does the untrained critic hurt?",
-                 ylabel="mean return of the last 50 games")
+        axes.set(
+            xlabel="environment steps of fine-tuning",
+            title="Does the untrained critic hurt?",
+            ylabel="mean return of the last 50 games",
+        )
         axes.legend(fontsize=8)
         figure.savefig(path, dpi=120)
 
@@ -127,22 +137,22 @@ def batches_figure(folder, path):
     for (minibatches, label), color in zip(runs.items(), ("C0", "C3")):
         for i, run in enumerate(sorted(folder.glob(f"batches_{minibatches}_*"))):
             events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-            panels[0].plot(*moving_mean(*scalar(run, "charts/episodic_return"), window=50),
-                           color=color, label=None if i else label)
-            for axes, tag in zip(panels[1:], ("losses/approx_kl", "losses/clipfrac")):
-                axes.plot(*scalar(run, tag), "o-", color=color)
+            curve = moving_mean(*scalar(run, "charts/episodic_return"), window=50)
+            panels[0].plot(*curve, color=color, label=None if i else label)
+            panels[1].plot(*scalar(run, "losses/approx_kl"), "o-", color=color)
+            panels[2].plot(*scalar(run, "losses/clipfrac"), "o-", color=color)
             ends = events.Scalars("losses/approx_kl")
             # unix time and processor seconds until then
             at, spent = np.loadtxt(run / "processor_seconds.txt").T
             at, spent = [events.FirstEventTimestamp(), *at], [0, *spent]
-            minutes = np.interp([x.wall_time for x in ends], at, spent) / 60
-            panels[3].plot([x.step for x in ends], minutes, "o-", color=color)
-            panels[3].plot([x.step for x in ends], [(x.wall_time - at[0]) / 60 for x in ends], ":",
-                           color=color)
+            steps, wall = [x.step for x in ends], np.array([x.wall_time for x in ends])
+            panels[3].plot(steps, np.interp(wall, at, spent) / 60, "o-", color=color)
+            panels[3].plot(steps, (wall - at[0]) / 60, ":", color=color)
     panels[0].legend(fontsize=8)
     panels[1].set_yscale("log")
-    for axes, label in zip(panels, ("mean return of the last 50 games", "approx_kl", "clipfrac",
-                                    "minutes: processor, and dotted wall")):
+    minutes = "minutes: processor, and dotted wall"
+    labels = ("mean return of the last 50 games", "approx_kl", "clipfrac", minutes)
+    for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
     for axes in panels[2:]:
         axes.set_xlabel("thousand environment steps")
@@ -162,10 +172,11 @@ def epochs_figure(folder, teacher, path):
         results = [json.loads((run / "eval.json").read_text()) for run in runs]
         means = np.array([result["mean"] for result in results])
         low, high = np.array([result["ci95"] for result in results]).T
-        left.plot(epochs, [scalar(run, "validation/kl")[1][-1] for run in runs], "o-", color=color,
-                  label=capacity)
-        right.errorbar(epochs, means, yerr=(means - low, high - means), fmt="o-", capsize=3,
-                       color=color, label=f"{capacity}, 95% interval of the mean")
+        kl = [scalar(run, "validation/kl")[1][-1] for run in runs]
+        left.plot(epochs, kl, "o-", color=color, label=capacity)
+        style = {"fmt": "o-", "capsize": 3, "color": color}
+        label = f"{capacity}, 95% interval of the mean"
+        right.errorbar(epochs, means, yerr=(means - low, high - means), label=label, **style)
     left.set(xscale="log", yscale="log", xlabel="epochs", ylabel="held-out KL, nats")
     right.axhline(teacher["mean"], linestyle="--", linewidth=1, color="k", label="teacher")
     right.set(xscale="log", xlabel="epochs", ylabel="mean return")

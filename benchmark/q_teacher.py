@@ -17,15 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import ConvertCallback, EveryNTimesteps
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collect_buffer import (  # noqa: E402
-    game_seeds, load_checkpoint, preprocessing, resolve_game, sample_actions)
+from ppo_atari_teacher import AtariEnvs, game_seeds, load_checkpoint, resolve_game, sample_actions
 
 
 @dataclass
@@ -53,7 +50,9 @@ class Args:
 
 
 class GuidedDQN(DQN):
-    """DQN whose first games, half of all, are played by `guide` where there is one."""
+    """DQN that stores FIRE where the games press it, and whose first games, half of all, are played
+    by `guide` where there is one.
+    """
 
     guide = None
 
@@ -65,47 +64,48 @@ class GuidedDQN(DQN):
             with torch.no_grad():
                 logits, _ = self.guide(torch.from_numpy(self._last_obs[guided]))
             action[guided] = stored[guided] = sample_actions(logits).numpy()
+        games = self.env.unwrapped.games
+        if games.forced.any():
+            action[games.forced] = stored[games.forced] = games.fire
         return action, stored
 
 
 def begin_with(q_network, policy):
     """Give SB3's Q-network the layers of a policy: Q = V + 0.02 (logits - their mean)."""
-    layers = q_network.features_extractor
-    logits, value = policy.actor, policy.critic
-    for theirs, ours in ((layers.cnn[0], 0), (layers.cnn[2], 2), (layers.cnn[4], 4),
-                         (layers.linear[0], 7)):
-        theirs.load_state_dict(policy.network[ours].state_dict())
+    cnn, linear = q_network.features_extractor.cnn, q_network.features_extractor.linear
+    theirs = (cnn[0], cnn[2], cnn[4], linear[0])
+    for layer, ours in zip(theirs, (0, 2, 4, 7), strict=True):
+        layer.load_state_dict(policy.network[ours].state_dict())
     with torch.no_grad():
         for name in ("weight", "bias"):
-            logit = getattr(logits, name)
-            getattr(q_network.q_net[0], name).copy_(
-                getattr(value, name) + 0.02 * (logit - logit.mean(0)))
+            value, logit = getattr(policy.critic, name), getattr(policy.actor, name)
+            getattr(q_network.q_net[0], name).copy_(value + 0.02 * (logit - logit.mean(0)))
 
 
 class VectorGames(VecEnv):
-    """ale-py's games behind Stable-Baselines3's interface, with rewards clipped to their sign."""
+    """The scripts' games behind Stable-Baselines3's interface, with rewards clipped to their sign."""
 
     def __init__(self, rom, num_envs, seed):
-        self.games = AtariVectorEnv(rom, num_envs, autoreset_mode=AutoresetMode.SAME_STEP,
-                                    reward_clipping=False, repeat_action_probability=0.0,
-                                    **preprocessing())
+        self.games = AtariEnvs(rom, num_envs, False, 0.0)
         self.first_seeds = game_seeds(num_envs, seed, 1)
         self.render_mode = None
-        super().__init__(num_envs, self.games.single_observation_space,
-                         self.games.single_action_space)
+        spaces = (self.games.single_observation_space, self.games.single_action_space)
+        super().__init__(num_envs, *spaces)
 
     def reset(self):
         return self.games.reset(seed=self.first_seeds)[0]
 
     def step_async(self, actions):
-        self.games.send(np.asarray(actions))
+        self.actions = np.asarray(actions)
 
     def step_wait(self):
-        obs, reward, terminated, truncated, info = self.games.recv()
+        obs, reward, terminated, truncated, info = self.games.step(self.actions)
         infos = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(terminated | truncated):
-            infos[i] = {"terminal_observation": info["final_obs"][i],
-                        "TimeLimit.truncated": bool(truncated[i] and not terminated[i])}
+            infos[i] = {
+                "terminal_observation": info["final_obs"][i],
+                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+            }
         return obs, np.sign(reward).astype(np.float32), terminated | truncated, infos
 
     def close(self):
@@ -131,17 +131,25 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     env_id, rom = resolve_game(args.env_id)
     save_path = Path(args.save_path or f"checkpoints/{env_id}/dqn.zip")
-    games = VectorGames(rom, args.num_envs, args.seed)
     model = GuidedDQN(
-        "CnnPolicy", VecMonitor(games), seed=args.seed, learning_rate=args.learning_rate,
-        n_steps=args.n_steps, buffer_size=100_000, learning_starts=10_000, train_freq=1,
-        target_update_interval=500 * args.num_envs, exploration_final_eps=0.02,
+        "CnnPolicy",
+        VecMonitor(VectorGames(rom, args.num_envs, args.seed)),
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        n_steps=args.n_steps,
+        buffer_size=100_000,
+        learning_starts=10_000,
+        train_freq=1,
+        target_update_interval=500 * args.num_envs,
+        exploration_final_eps=0.02,
         exploration_initial_eps=1.0 if args.guide_path is None else 0.1,
         exploration_fraction=min(1, args.exploration_steps / args.total_timesteps),
         policy_kwargs={"optimizer_kwargs": {"fused": True}},
-        tensorboard_log=f"runs/{env_id}__q_teacher__{args.seed}", verbose=1)
+        tensorboard_log=f"runs/{env_id}__q_teacher__{args.seed}",
+        verbose=1,
+    )
     if args.guide_path is not None:
-        _, guide = load_checkpoint(args.guide_path, env_id, int(games.action_space.n), "")
+        _, guide = load_checkpoint(args.guide_path, env_id, "name another --guide-path")
         # on the class, as the attributes of the model itself are saved with it
         GuidedDQN.guide = guide.to(memory_format=torch.channels_last)
         for q_network in (model.q_net, model.q_net_target):

@@ -29,18 +29,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from ppo_atari_teacher import load_checkpoint  # noqa: E402
+from ppo_atari_teacher import load_checkpoint
 
-GAME, NUM_ACTIONS = "PongNoFrameskip-v4", 6
+GAME = "PongNoFrameskip-v4"
 KINDS = {
     "ppo_atari_teacher.py": {
         "flags": "--capacity low --num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 1 "
-                 "--no-anneal-lr --eval-steps 0 --checkpoint-interval 1024",
-        "total": "--total-timesteps", "unit": 256, "interval": 4},
-    "actor_distill.py": {
-        "flags": "--capacity low --buffer-path buffer.npz --eval-steps 0 --learning-rate 1e-4 "
-                 "--checkpoint-interval 12000",  # of a buffer of 6,000 samples: 2 epochs
-        "total": "--epochs", "unit": 1, "interval": 2},
+        "--no-anneal-lr --eval-steps 0 --checkpoint-interval 1024",
+        "total": "--total-timesteps",
+        "unit": 256,  # steps of an iteration
+        "interval": 4,
+    },
+    "actor_distill.py": {  # of a buffer of 6,000 samples
+        "flags": "--capacity low --buffer-path buffer.npz --eval-steps 0 --learning-rate 1e-4",
+        "total": "--epochs",
+        "unit": 1,
+        "interval": 1,
+    },
 }
 
 
@@ -52,6 +57,8 @@ class Args:
     """of the moments and the signals"""
     longest: float = 25
     """longest time in seconds between a start and its interruption"""
+    results: str = str(ROOT / "benchmark" / "results")
+    """folder to write to"""
 
 
 def steps_logged(folder, unit):
@@ -59,11 +66,12 @@ def steps_logged(folder, unit):
     if not folder.is_dir():
         return []
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if "charts/learning_rate" not in events.Tags()["scalars"]:
-        return []
-    if "charts/epoch" in events.Tags()["scalars"]:
+    tags = events.Tags()["scalars"]
+    if "charts/epoch" in tags:
         return [round(event.value) for event in events.Scalars("charts/epoch")]
-    return [event.step // unit for event in events.Scalars("charts/learning_rate")]
+    if "charts/learning_rate" in tags:
+        return [event.step // unit for event in events.Scalars("charts/learning_rate")]
+    return []
 
 
 def memory(pid):
@@ -75,9 +83,9 @@ def memory(pid):
 
 def start(folder, script, *flags):
     """Start a script in `folder`, with its output in a file there."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
     with open(folder / "log", "wb") as log:
-        return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder,
-                                stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
 
 
 def done(saved, unit):
@@ -89,42 +97,49 @@ def interrupt(script, kind, folder, seconds, moments, longest):
     """Start, interrupt and resume for `seconds`; returns a row of the table and the progress."""
     file, flags = folder / "x.pt", [*kind["flags"].split(), "--save-path", "x.pt", "--resume"]
     counts = {signal.SIGKILL: 0, signal.SIGTERM: 0, signal.SIGINT: 0}
-    damaged, lost, reached, starts, slowest, wrong = 0, [], 0, 0, 0.0, 0
+    damaged, lost, reached, slowest, wrong = 0, [], 0, 0.0, 0
     deadline = time.time() + seconds
     while time.time() < deadline:
         process = start(folder, script, *flags, kind["total"], 10**6 * kind["unit"])
         time.sleep(moments.uniform(1, longest))
-        starts += 1
         number = moments.choice(list(counts))
         process.send_signal(number)
         began = time.time()
         status = process.wait()
         slowest = max(slowest, time.time() - began)
         counts[number] += 1
-        # before the script has installed its handlers, Python's own or the system's end it
-        wrong += status not in (-number, 128 + number, 1)
+        # before the training begins, the signal itself or Python's KeyboardInterrupt ends it
+        wrong += status not in (1, -number, -signal.SIGINT)
         if not file.exists():
             continue
         try:
-            saved, _ = load_checkpoint(file, GAME, NUM_ACTIONS, "")
-        except Exception:
+            saved, _ = load_checkpoint(file, GAME, "")
+        except SystemExit:
             damaged += 1
             continue
         logged = steps_logged(folder / "runs" / saved["run_name"], kind["unit"])
         reached = max(reached, done(saved, kind["unit"]))
         lost.append(max(logged, default=0) - done(saved, kind["unit"]))
-    return {"script": script, "minutes": round(seconds / 60, 1), "kills": counts[signal.SIGKILL],
-            "SIGTERM": counts[signal.SIGTERM], "SIGINT": counts[signal.SIGINT],
-            "starts": starts, "other exit statuses": wrong, "files damaged": damaged,
-            "interval, in iterations or epochs": kind["interval"],
-            "most lost, in iterations or epochs": max(lost, default=0),
-            "slowest end, s": round(slowest, 1)}, reached
+    row = {
+        "script": script,
+        "minutes": round(seconds / 60, 1),
+        "kills": counts[signal.SIGKILL],
+        "SIGTERM": counts[signal.SIGTERM],
+        "SIGINT": counts[signal.SIGINT],
+        "starts": sum(counts.values()),
+        "other exit statuses": wrong,
+        "files damaged": damaged,
+        "interval, in iterations or epochs": kind["interval"],
+        "most lost, in iterations or epochs": max(lost, default=0),
+        "slowest end, s": round(slowest, 1),
+    }
+    return row, reached
 
 
 def finish(script, kind, folder, path, target):
     """Run to `target` in one go: the checkpoint, its curve, and the memory each second in MB."""
-    process = start(folder, script, *kind["flags"].split(), "--save-path", path, "--resume",
-                    kind["total"], target * kind["unit"])
+    flags = [*kind["flags"].split(), "--save-path", path, "--resume"]
+    process = start(folder, script, *flags, kind["total"], target * kind["unit"])
     sizes = []
     while process.poll() is None:
         time.sleep(1)
@@ -140,35 +155,44 @@ def main(args):
     for script, kind in KINDS.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            start(folder, "collect_buffer.py", "--num-samples", 6000, "--num-envs", 4,
-                  "--buffer-path", "buffer.npz").wait()
-            row, reached = interrupt(script, kind, folder, args.minutes * 60 / 3, moments,
-                                     args.longest)
+            collection = ("--num-samples", 6000, "--num-envs", 4, "--buffer-path", "buffer.npz")
+            start(folder, "collect_buffer.py", *collection).wait()
+            seconds = args.minutes * 60 / 3
+            row, reached = interrupt(script, kind, folder, seconds, moments, args.longest)
             target = reached + 2 * kind["interval"]
             broken, curve, _ = finish(script, kind, folder, "x.pt", target)
             whole, straight, sizes = finish(script, kind, folder, "whole.pt", target)
-            settled = sizes[len(sizes) // 4:]
-            row |= {"iterations or epochs": target,
-                    "same step count": broken["global_step"] == whole["global_step"],
-                    "curve has every point once": curve == straight == list(range(1, target + 1)),
-                    "same weights, bit for bit": script != "actor_distill.py" and "the games differ"
-                    or all(torch.equal(x, whole["model"][name])
-                           for name, x in broken["model"].items()),
-                    "MB of the whole run, at a quarter and at its end":
-                        [round(settled[0]), round(settled[-1])],
-                    "temporary files left": len(list(folder.glob(".*.tmp")))}
+            settled = sizes[len(sizes) // 4 :]
+            same = all(torch.equal(x, whole["model"][name]) for name, x in broken["model"].items())
+            row |= {
+                "iterations or epochs": target,
+                "same step count": broken["global_step"] == whole["global_step"],
+                "curve has every point once": curve == straight == list(range(1, target + 1)),
+                "same weights, bit for bit": same if "epoch" in broken else "the games differ",
+                "MB of the whole run, at a quarter and at its end": [
+                    round(settled[0]),
+                    round(settled[-1]),
+                ],
+                "temporary files left": len(list(folder.glob("*.tmp"))),
+            }
             rows.append(row)
             print(json.dumps(row, indent=1), flush=True)
     command = f"python benchmark/soak.py --minutes {args.minutes:g} --seed {args.seed}"
-    result = {"command": command, "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(),
-              "python": platform.python_version(), "torch": torch.__version__, "rows": rows}
-    table = [f"`{command}`, {result['date']}, {result['cores']} cores, torch {result['torch']}", "",
-             "| | " + " | ".join(row["script"] for row in rows) + " |", "|---" * 3 + "|"]
-    table += [f"| {name} | " + " | ".join(str(row[name]) for row in rows) + " |"
-              for name in list(rows[0])[1:]]
-    results = ROOT / "benchmark" / "results"
-    (results / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
-    (results / "soak.md").write_text("\n".join(table) + "\n")
+    result = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    table = ["`{command}`, {date}, {cores} cores, torch {torch}".format(**result), ""]
+    for name in rows[0]:
+        cells = [str(row[name]) for row in rows]
+        table.append(f"| {'' if name == 'script' else name} | {' | '.join(cells)} |")
+        table += ["|---" * 3 + "|"] if name == "script" else []
+    Path(args.results, "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.results, "soak.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 
 

@@ -35,14 +35,22 @@ REFERENCE = {
     "Qbert": (163.9, 13455.0, 4589.8, 28367, 11646, 28554, 20572, 18502, 23019, 12152),
     "Riverraid": (1338.5, 17118.0, 4065.3, 13916, 15601, 13080, 13716, 9408, 11256, 15593),
     "Seaquest": (68.4, 42054.7, 2793.3, 2471, 1908, 2572, 3708, 2315, 2219, 3550),
-    "SpaceInvaders": (148.0, 1668.7, 1449.7, 1653, 1624, 1432, 1569, 1312, 1382, 1288)}
+    "SpaceInvaders": (148.0, 1668.7, 1449.7, 1653, 1624, 1432, 1569, 1312, 1382, 1288),
+}
 # row of the table: its runs' names without the seed, and its column in REFERENCE
-ROWS = {"Teacher": ("teacher", 3), "Medium": ("direct_medium", 4),
-        "Medium AD, 10 epochs": ("ad10_medium", 5), "Medium AD, 50 epochs": ("ad50_medium", 5),
-        "Medium AD, 100 epochs": ("ad100_medium", 5), "Medium AD tuned": ("tuned_medium", 6),
-        "Low": ("direct_low", 7), "Low AD, 10 epochs": ("ad10_low", 8),
-        "Low AD, 50 epochs": ("ad50_low", 8), "Low AD, 100 epochs": ("ad100_low", 8),
-        "Low AD tuned": ("tuned_low", 9)}
+ROWS = {
+    "Teacher": ("teacher", 3),
+    "Medium": ("direct_medium", 4),
+    "Medium AD, 10 epochs": ("ad10_medium", 5),
+    "Medium AD, 50 epochs": ("ad50_medium", 5),
+    "Medium AD, 100 epochs": ("ad100_medium", 5),
+    "Medium AD tuned": ("tuned_medium", 6),
+    "Low": ("direct_low", 7),
+    "Low AD, 10 epochs": ("ad10_low", 8),
+    "Low AD, 50 epochs": ("ad50_low", 8),
+    "Low AD, 100 epochs": ("ad100_low", 8),
+    "Low AD tuned": ("tuned_low", 9),
+}
 
 
 def runs(folder, name):
@@ -50,9 +58,8 @@ def runs(folder, name):
     found = []
     for path in sorted(folder.glob(f"{name}_[0-9]*")) if name != "teacher" else [folder / name]:
         if (path / "run.json").exists():
-            evaluation = json.loads((path / "eval.json").read_text())
-            found.append(evaluation | json.loads((path / "run.json").read_text())
-                         | {"folder": path})
+            run = json.loads((path / "eval.json").read_text())
+            found.append(run | json.loads((path / "run.json").read_text()) | {"folder": path})
     return found
 
 
@@ -86,7 +93,7 @@ def interquartile_mean(scores):
     """Mean of the middle half of the scores, floor(n / 4) left out at either end."""
     scores = np.sort(scores)
     cut = len(scores) // 4
-    return scores[cut:len(scores) - cut].mean()
+    return scores[cut : len(scores) - cut].mean()
 
 
 def interval(games, statistic, resamples=2000):
@@ -106,16 +113,24 @@ def cells(found, teacher, reference, column):
     if not found:
         return ["–"] * 9 + [str(reference[column])]
     returns = np.concatenate([run["returns"] for run in found])
-    low, high = interval([np.array(run["returns"]) for run in found],
-                         lambda seeds: np.concatenate(seeds).mean())
-    share = ("–" if teacher is None else
-             f"{100 * (returns.mean() - reference[0]) / (teacher - reference[0]):.1f}%")
+    games = [np.array(run["returns"]) for run in found]
+    low, high = interval(games, lambda seeds: np.concatenate(seeds).mean())
+    share = "–"
+    if teacher is not None:
+        share = f"{100 * (returns.mean() - reference[0]) / (teacher - reference[0]):.1f}%"
     kls = [kl for run in found if (kl := held_out_kl(run)) is not None]
-    return [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}", str(len(returns)),
-            str(len(found)), f"{low:.2f} to {high:.2f}", share,
-            f"{np.mean(kls):.4f}" if kls else "–",
-            time_taken(found, "seconds"), time_taken(found, "user", "system"),
-            str(reference[column])]
+    return [
+        f"{returns.mean():.2f} ± {returns.std():.2f}",
+        f"{returns.max():g}",
+        str(len(returns)),
+        str(len(found)),
+        f"{low:.2f} to {high:.2f}",
+        share,
+        f"{np.mean(kls):.4f}" if kls else "–",
+        time_taken(found, "seconds"),
+        time_taken(found, "user", "system"),
+        str(reference[column]),
+    ]
 
 
 def geometric_mean(values):
@@ -124,26 +139,29 @@ def geometric_mean(values):
 
 
 def main(args):
+    columns = (
+        "policy | mean ± std | max | games | seeds | 95% interval | way from random to teacher | "
+        "held-out KL | wall time | processor time | paper's mean"
+    )
     lines, means, returns = [], {row: [] for row in ROWS}, {row: [] for row in ROWS}
     for game in args.games:
         folder = Path(args.results, game, "table3")
         reference = REFERENCE[game.removesuffix("NoFrameskip-v4")]
-        teacher = runs(folder, "teacher")
-        lines += [f"### {game}", "",
-                  "| policy | mean ± std | max | games | seeds | 95% interval | way from random "
-                  "to teacher | held-out KL | wall time | processor time | paper's mean |",
-                  "|" + "---|" * 11]
+        teacher = next((run["mean"] for run in runs(folder, "teacher")), None)
+        lines += [f"### {game}", "", f"| {columns} |", "|" + "---|" * 11]
         for row, (name, column) in ROWS.items():
             found = runs(folder, name)
-            lines.append(f"| {row} | " + " | ".join(cells(
-                found, teacher[0]["mean"] if teacher else None, reference, column)) + " |")
+            lines.append(f"| {row} | {' | '.join(cells(found, teacher, reference, column))} |")
             if found:
                 scores = np.concatenate([run["returns"] for run in found])
                 means[row].append((scores.mean(), reference[2]))
                 returns[row].append((scores - reference[0]) / (reference[1] - reference[0]))
         lines.append("")
-    lines += ["| policy | games | geometric mean, % of teacher | % of DQN | human-normalised "
-              "interquartile mean | 95% interval |", "|" + "---|" * 6]
+    columns = (
+        "policy | games | geometric mean, % of teacher | % of DQN | human-normalised interquartile "
+        "mean | 95% interval"
+    )
+    lines += [f"| {columns} |", "|" + "---|" * 6]
     whole = [row for row in ROWS if len(means[row]) == len(args.games)]
     for row in whole:
         mean = geometric_mean([score for score, _ in means[row]])
@@ -153,14 +171,17 @@ def main(args):
             top = geometric_mean([score for score, _ in means["Teacher"]])
             if "Teacher" in whole and top is not None:
                 of_teacher = f"{100 * mean / top:.0f}%"
+
         # every game weighs the same, however many of its games were played
         def over_games(games):
             quantiles = np.linspace(0, 1, 101)
             return interquartile_mean(np.concatenate([np.quantile(x, quantiles) for x in games]))
 
         low, high = interval(returns[row], over_games)
-        lines.append(f"| {row} | {len(means[row])} | {of_teacher} | {of_dqn} | "
-                     f"{over_games(returns[row]):.3f} | {low:.3f} to {high:.3f} |")
+        lines.append(
+            f"| {row} | {len(means[row])} | {of_teacher} | {of_dqn} | "
+            f"{over_games(returns[row]):.3f} | {low:.3f} to {high:.3f} |"
+        )
     text = "\n".join(lines) + "\n"
     Path(args.results, "table3.md").write_text(text)
     print(text)

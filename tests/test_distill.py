@@ -1,15 +1,18 @@
 """Distillation against values worked by hand, and on a small real buffer."""
 
+import functools
 import math
+import re
 import shutil
 
-import actor_distill as distill
-import collect_buffer as collect
 import numpy as np
 import pytest
 import torch
 from conftest import opinionated_agent, run_main
 from test_ppo import tensorboard_scalars
+
+import actor_distill as distill
+import collect_buffer as collect
 
 
 def test_kl_equals_values_worked_by_hand():
@@ -17,22 +20,13 @@ def test_kl_equals_values_worked_by_hand():
     probs = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])
     logits = torch.log(torch.tensor([[1.0, 3.0]])).expand(3, 2) + 5
     expected = [math.log(2) / 2 + math.log(2 / 3) / 2, math.log(4), 0.0]
-    torch.testing.assert_close(distill.kl_divergence(probs, logits), torch.tensor(expected),
-                               atol=1e-6, rtol=0)
-
-
-def test_kl_is_directed_from_teacher_to_student():
-    p, q = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
-    forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
-    backward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert math.isclose(distill.kl_divergence(p, q.log()).item(), forward, abs_tol=1e-6)
-    assert abs(forward - backward) > 0.1
+    kl = distill.kl_divergence(probs, logits)
+    torch.testing.assert_close(kl, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
 def test_kl_survives_certain_teachers_and_extreme_students():
-    probs = torch.eye(3)
     logits = torch.tensor([[200.0, 0, 0], [200.0, 0, 0], [0, 0, 0]]).requires_grad_()
-    kl = distill.kl_divergence(probs, logits)
+    kl = distill.kl_divergence(torch.eye(3), logits)
     kl.sum().backward()
     torch.testing.assert_close(kl, torch.tensor([0.0, 200.0, math.log(3)]))
     assert logits.grad.isfinite().all()
@@ -40,25 +34,27 @@ def test_kl_survives_certain_teachers_and_extreme_students():
 
 def test_temperature_equals_values_worked_by_hand():
     probs = torch.tensor([[0.2, 0.8]])
+    sharp, soft = (distill.make_targets(probs, False, "kl", t) for t in (0.5, 2.0))
     # p^2 / sum p^2 at temperature 1/2; sqrt at 2
-    torch.testing.assert_close(distill.make_targets(probs, False, "kl", 0.5),
-                               torch.tensor([[0.04 / 0.68, 0.64 / 0.68]]))
+    torch.testing.assert_close(sharp, torch.tensor([[0.04 / 0.68, 0.64 / 0.68]]))
     root = math.sqrt(0.2) / (math.sqrt(0.2) + math.sqrt(0.8))
-    torch.testing.assert_close(distill.make_targets(probs, False, "kl", 2.0),
-                               torch.tensor([[root, 1 - root]]))
+    torch.testing.assert_close(soft, torch.tensor([[root, 1 - root]]))
     assert distill.make_targets(probs, False, "kl", 1.0) is probs
-    torch.testing.assert_close(distill.make_targets(torch.tensor([[0.0, 1.0]]), False, "kl", 0.01),
-                               torch.tensor([[0.0, 1.0]]))
+    certain = torch.tensor([[0.0, 1.0]])
+    torch.testing.assert_close(distill.make_targets(certain, False, "kl", 0.01), certain)
 
 
-@pytest.mark.parametrize("temperature, gap, expected", [
-    # softmax(Q / tau): e^1, e^0.5 and 1 over their sum at Q = 0.01, 0.005, 0 and tau = 0.01
-    (0.01, 0.005, [0.506480391055654, 0.307195885718492, 0.186323723225854]),
-    # e^2, e^1 and 1 over their sum at Q = 2, 1, 0 and tau = 1
-    (1.0, 1.0, [0.665240955774822, 0.244728471054798, 0.090030573170381])])
+@pytest.mark.parametrize(
+    "temperature, gap, expected",
+    [
+        # softmax(Q / tau): e^1, e^0.5 and 1 over their sum at Q = 0.01, 0.005, 0 and tau = 0.01
+        (0.01, 0.005, [0.506480391055654, 0.307195885718492, 0.186323723225854]),
+        # e^2, e^1 and 1 over their sum at Q = 2, 1, 0 and tau = 1
+        (1.0, 1.0, [0.665240955774822, 0.244728471054798, 0.090030573170381]),
+    ],
+)
 def test_equation_2_equals_values_worked_by_hand(temperature, gap, expected):
-    q = torch.tensor([[2 * gap, gap, 0.0]])
-    targets = distill.make_targets(q, True, "kl", temperature)
+    targets = distill.make_targets(torch.tensor([[2 * gap, gap, 0.0]]), True, "kl", temperature)
     torch.testing.assert_close(targets, torch.tensor([expected]), atol=1e-6, rtol=0)
     # and Eq. 2 itself against a student that finds all actions alike: ln 3 less the entropy
     entropy = -sum(p * math.log(p) for p in expected)
@@ -68,72 +64,63 @@ def test_equation_2_equals_values_worked_by_hand(temperature, gap, expected):
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_sharpening_large_q_values_is_stable(scale):
-    offsets = torch.tensor([0.0, 0.015625, -0.0078125])
-    q = (torch.tensor(scale) + 64 * offsets).unsqueeze(0)  # apart by 1 and 0.5
-    expected = (64 * offsets.double() / 0.01).softmax(-1).float().unsqueeze(0)
-    targets = distill.make_targets(q, True, "kl", 0.01)
-    torch.testing.assert_close(targets, expected)
-    close = (torch.tensor(scale) + torch.tensor([0.0, 0.0009765625])).unsqueeze(0)
-    expected = torch.tensor([0.0, 0.0009765625 / 0.01]).softmax(-1).unsqueeze(0)
-    torch.testing.assert_close(distill.make_targets(close, True, "kl", 0.01), expected)
-    logits = torch.zeros(1, 3, requires_grad=True)
-    distill.kl_divergence(targets, logits).sum().backward()
-    assert logits.grad.isfinite().all()
-    assert distill.make_targets(q, True, "mse", None) is q
+    """Near 10,000 float32 tells steps of 1/1024 apart, a tenth of the temperature."""
+    q = scale + torch.tensor([[0.0, 1.0, -0.5]])
+    torch.testing.assert_close(
+        distill.make_targets(q, True, "kl", 0.01), torch.tensor([[0.0, 1.0, 0.0]])
+    )
+    close = scale + torch.tensor([[0.0, 2**-10]])
+    chance = 1 / (1 + math.exp(-(2**-10) / 0.01))
+    torch.testing.assert_close(
+        distill.make_targets(close, True, "kl", 0.01), torch.tensor([[1 - chance, chance]])
+    )
 
 
 def test_the_other_losses_of_rusu_et_al():
     outputs, logits = torch.tensor([[0.2, 0.7, 0.1], [3.0, -1.0, 2.0]]), torch.randn(2, 3)
-    targets = distill.make_targets(outputs, True, "nll", None)
-    torch.testing.assert_close(
-        distill.kl_divergence(targets, logits),
-        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0]), reduction="none"))
+    nll = distill.kl_divergence(distill.make_targets(outputs, True, "nll", None), logits)
+    best = torch.tensor([1, 0])
+    expected = torch.nn.functional.cross_entropy(logits, best, reduction="none")
+    torch.testing.assert_close(nll, expected)
     student = torch.tensor([[0.0, 1.0, 0.5], [3.0, 1.0, 2.5]])
     # 0.04 + 0.09 + 0.16 and 0 + 4 + 0.25
-    torch.testing.assert_close(distill.squared_error(outputs, student), torch.tensor([0.29, 4.25]))
-
-
-def test_an_update_by_squared_error_moves_the_student_to_the_q_values():
-    agent, (obs, _, values) = distill.Agent("low", 6), random_batch(8)
-    optimizer, q = torch.optim.SGD(agent.parameters(), lr=0.0), torch.randn(8, 6)
-    sums = distill.distill_update(agent, optimizer, distill.batch_loss, obs, q, values, 0.0,
-                                  distill.squared_error)
-    logits, _ = agent(obs)
-    torch.testing.assert_close(agent.actor.bias.grad, 2 * (logits - q).mean(0), atol=1e-5, rtol=0)
-    assert sums[0].item() == pytest.approx((logits - q).square().sum().item(), rel=1e-5)
+    error = distill.squared_error(distill.make_targets(outputs, True, "mse", None), student)
+    torch.testing.assert_close(error, torch.tensor([0.29, 4.25]))
 
 
 def random_batch(size):
-    return (torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8),
-            torch.randn(size, 6).softmax(-1), torch.randn(size))
+    """Observations, a teacher's probabilities and values."""
+    obs = torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8)
+    return obs, torch.randn(size, 6).softmax(-1), torch.randn(size)
 
 
-def gradients(agent, batch, value_coef):
+def gradients(agent, *batch):
+    """By one update; `batch` is what `batch_loss` takes after the agent."""
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    distill.distill_update(agent, optimizer, distill.batch_loss, *batch, value_coef)
+    distill.distill_update(agent, optimizer, distill.batch_loss, *batch)
     return {name: p.grad for name, p in agent.named_parameters()}
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_update_is_the_plain_one():
-    """Same sums, gradients and weights, also for the smaller batch that ends an epoch."""
-    outcomes = []
-    for loss_function in (distill.batch_loss, distill.compiled(distill.batch_loss)):
-        torch.manual_seed(0)
-        agent = distill.Agent("low", 6).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(agent.parameters(), lr=0.01)
-        sums = [distill.distill_update(agent, optimizer, loss_function, *random_batch(size), 0.5)
-                for size in (32, 32, 20)]
-        outcomes.append([*sums, *(x.grad for x in agent.parameters()), *agent.parameters()])
-    for plain, other in zip(*outcomes):
-        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
+def test_loss_is_the_sum_over_actions_averaged_over_the_batch():
+    agent, (obs, probs, values) = distill.Agent("low", 6), random_batch(8)
+    grads = gradients(agent, obs, probs, values, 0.5)
+    logits, student_values = agent(obs)
+    # d/dlogits of KL(p || q) is q - p; the actor's bias sees its mean over the batch
+    expected = (logits.softmax(-1) - probs).mean(0)
+    torch.testing.assert_close(grads["actor.bias"], expected, atol=1e-6, rtol=0)
+    expected = 0.5 * (student_values - values).mean(0, True)
+    torch.testing.assert_close(grads["critic.bias"], expected, atol=1e-6, rtol=0)
+    q = torch.randn(8, 6)
+    grads = gradients(agent, obs, q, values, 0.0, distill.squared_error)
+    expected = 2 * (logits - q).mean(0)
+    torch.testing.assert_close(grads["actor.bias"], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("value_coef", [0.0, 0.5])
 def test_doubling_the_batch_changes_no_gradient(value_coef):
     agent, batch = distill.Agent("low", 6), random_batch(8)
-    once = gradients(agent, batch, value_coef)
-    twice = gradients(agent, [torch.cat((x, x)) for x in batch], value_coef)
+    once = gradients(agent, *batch, value_coef)
+    twice = gradients(agent, *(torch.cat((x, x)) for x in batch), value_coef)
     for name in once:
         if name.startswith("critic") and not value_coef:
             assert once[name] is None, "without --value-coef the critic is not touched"
@@ -141,32 +128,57 @@ def test_doubling_the_batch_changes_no_gradient(value_coef):
             torch.testing.assert_close(once[name], twice[name], atol=1e-6, rtol=1e-4)
 
 
-def test_loss_is_the_sum_over_actions_averaged_over_the_batch():
-    agent, (obs, probs, values) = distill.Agent("low", 6), random_batch(8)
-    grads = gradients(agent, (obs, probs, values), 0.5)
-    logits, student_values = agent(obs)
-    student = torch.softmax(logits, -1)
-    # d/dlogits of KL(p || q) is q - p; the actor's bias sees its mean over the batch
-    torch.testing.assert_close(grads["actor.bias"], (student - probs).mean(0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(grads["critic.bias"], 0.5 * (student_values - values).mean(0, True),
-                               atol=1e-6, rtol=0)
+def test_a_column_of_values_is_refused():
+    """Values of shape [B, 1] against the teacher's of shape [B] would broadcast to [B, B]."""
+    obs, probs, values = random_batch(4)
+    with pytest.raises(AssertionError, match="broadcast"):
+        distill.batch_loss(lambda obs: (probs, values[:, None]), obs, probs, values, 0.5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_update_is_the_plain_one():
+    """Same sums, gradients and weights, also for the smaller batch that ends an epoch."""
+    compiled = torch.compile(distill.batch_loss, mode="reduce-overhead", dynamic=False)
+    outcomes = []
+    for loss_function in (distill.batch_loss, compiled):
+        torch.manual_seed(0)
+        agent = distill.Agent("low", 6).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.01)
+        step = functools.partial(distill.distill_update, agent, optimizer, loss_function)
+        sums = [step(*random_batch(size), 0.5) for size in (32, 32, 20)]
+        outcomes.append([*sums, *(x.grad for x in agent.parameters()), *agent.parameters()])
+    for plain, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
+
+
+def plain_figures(logits, student_values, probs, values):
+    """What `validate` reports for the KL, by NumPy in double precision."""
+    q = np.exp(logits - logits.max(1, keepdims=True))
+    q /= q.sum(1, keepdims=True)
+    p = probs.astype(float) / probs.sum(1, keepdims=True, dtype=float)
+    entropy = [-(x * np.log(x)).sum(1).mean() for x in (q, p)]
+    return {
+        "validation/kl": (p * np.log(p / q)).sum(1).mean(),
+        "validation/agreement": (p.argmax(1) == q.argmax(1)).mean(),
+        "validation/entropy_gap": entropy[0] - entropy[1],
+        "validation/value_loss": 0.5 * ((student_values - values) ** 2).mean(),
+    }
+
+
+@torch.no_grad()
+def outputs_of(agent, obs):
+    """Logits and values of uint8 observations, NumPy arrays of doubles."""
+    parts = [agent(torch.from_numpy(part)) for part in np.array_split(obs, -(-len(obs) // 500))]
+    return [torch.cat(column).double().numpy() for column in zip(*parts, strict=True)]
 
 
 def test_validation_metrics_equal_plain_numpy():
+    """Over several batches, the last of them smaller."""
     agent = opinionated_agent(distill.Agent, "low", 6)
-    obs, probs, values = random_batch(1500)
-    found = distill.validate(agent, lambda rows: (obs[rows], probs[rows], values[rows]),
-                             torch.arange(1500))
-    with torch.no_grad():
-        logits, student_values = (x.double().numpy() for x in agent(obs))
-    q = np.exp(logits - logits.max(1, keepdims=True))
-    q /= q.sum(1, keepdims=True)
-    p = probs.double().numpy()
-    entropy = [-(x * np.log(x)).sum(1).mean() for x in (q, p)]
-    expected = {"validation/kl": (p * np.log(p / q)).sum(1).mean(),
-                "validation/agreement": (p.argmax(1) == q.argmax(1)).mean(),
-                "validation/entropy_gap": entropy[0] - entropy[1],
-                "validation/value_loss": 0.5 * ((student_values - values.numpy()) ** 2).mean()}
+    obs, probs, values = random_batch(1100)
+    rows = torch.arange(1100)
+    found = distill.validate(agent, lambda rows: (obs[rows], probs[rows], values[rows]), rows)
+    expected = plain_figures(*outputs_of(agent, obs.numpy()), probs.numpy(), values.numpy())
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -196,96 +208,138 @@ def test_few_long_episodes_give_a_contiguous_stretch(episodes):
 
 @pytest.fixture(scope="module")
 def small_buffer(tmp_path_factory):
-    """3,000 real Pong steps of a teacher with opinions, in a file of `collect_buffer.py`."""
+    """3,000 real Pong steps of a teacher with opinions, 150 in each game: path and arrays."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
-    agent = opinionated_agent(collect.Agent, "high", 6)
-    torch.save({"format_version": 1, "phase": "ppo", "env_id": "PongNoFrameskip-v4",
-                "capacity": "high", "num_actions": 6, "global_step": 0, "args": {},
-                "model": agent.state_dict(), "evaluation": None}, folder / "teacher.pt")
-    path = folder / "buffer.npz"
+    agent = opinionated_agent(collect.Agent, "low", 6)
+    about = {"phase": "ppo", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
+    torch.save({**about, "global_step": 0, "model": agent.state_dict()}, folder / "teacher.pt")
+    path = str(folder / "buffer.npz")
+    args = {"teacher_path": "teacher.pt", "buffer_path": path, "eval_steps": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_main(collect, collect.Args(teacher_path="teacher.pt", buffer_path=str(path),
-                                       num_samples=3000, num_envs=4, device="cpu"))
-    return path
+        run_main(collect, collect.Args(**args, num_samples=3000, num_envs=20))
+    with np.load(path) as file:
+        return path, dict(file)
 
 
-def distilled(small_buffer, folder, monkeypatch, **flags):
+def distilled(path, folder, monkeypatch, **flags):
+    """Distil into `student.pt` of a folder, without an evaluation."""
     monkeypatch.chdir(folder)
-    run_main(distill, distill.Args(buffer_path=str(small_buffer), save_path="student.pt",
-                                   capacity="low", eval_steps=0, device="cpu",
-                                   validation_fraction=0.1, **flags))
+    args = {"buffer_path": path, "save_path": "student.pt", "capacity": "low", "eval_steps": 0}
+    run_main(distill, distill.Args(**args, validation_fraction=0.1, **flags))
     return torch.load(folder / "student.pt", weights_only=True)
 
 
+def held_out_rows(buffer):
+    """Rows to train on, and those held out whose four frames are no training row's, byte for byte."""
+    train, held_out = distill.split_episodes(buffer["episode_index"], 0.1, 1)
+    stacks = [buffer["frames"][index].tobytes() for index in buffer["stack_index"]]
+    known = {stacks[row] for row in train}
+    return train, held_out, [row for row in held_out if stacks[row] not in known]
+
+
+def held_out_figures(model, buffer, rows):
+    """What a student's figures on some rows are, computed apart from the script."""
+    agent = distill.Agent("low", 6)
+    agent.load_state_dict(model)
+    outputs = outputs_of(agent, buffer["frames"][buffer["stack_index"][rows]])
+    return plain_figures(*outputs, buffer["action_probs"][rows], buffer["values"][rows])
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_student_learns_held_out_play(small_buffer, optimizer, tmp_path, monkeypatch, capsys):
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=6, optimizer=optimizer)
-    lines = capsys.readouterr().out.splitlines()
-    start = float(next(x for x in lines if x.startswith("epoch 0 ")).split()[4].strip(","))
-    assert start > 0.15, "an untrained student is far from this teacher"
-    assert student["validation"]["validation/kl"] < start / 3
-    assert student["validation"]["validation/agreement"] > 0.7
-    assert student["global_step"] == 6 * 2700 and student["phase"] == "distilled"
+def test_student_learns_held_out_play(small_buffer, optimizer, tmp_path, monkeypatch):
+    path, buffer = small_buffer
+    student = distilled(path, tmp_path, monkeypatch, epochs=4, optimizer=optimizer)
+    train, _, unseen = held_out_rows(buffer)
     torch.manual_seed(1)
-    untouched = distill.Agent("low", 6)
-    assert torch.equal(student["model"]["critic.weight"], untouched.critic.weight)
+    untrained = distill.Agent("low", 6).state_dict()
+    start = held_out_figures(untrained, buffer, unseen)["validation/kl"]
+    assert start > 0.15, "an untrained student is far from this teacher"
+    assert student["validation"]["validation/kl"] < start / 2
+    assert student["validation"]["validation/agreement"] > 0.7
+    assert student["global_step"] == 4 * len(train)
+    assert torch.equal(student["model"]["critic.weight"], untrained["critic.weight"])
 
 
-def test_learning_rate_falls_to_zero_or_stays(small_buffer, tmp_path, monkeypatch):
-    batches = -(-2700 // 64)
-    for anneal, last in ((True, 1e-3 / (3 * batches)), (False, 1e-3)):
-        student = distilled(small_buffer, tmp_path, monkeypatch, epochs=3, anneal_lr=anneal,
-                            batch_size=64, learning_rate=1e-3, overwrite=True)
-        rate = student["optimizer"]["param_groups"][0]["lr"]
-        assert rate == pytest.approx(last, rel=1e-6)
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_falls_to_zero_or_stays(small_buffer, anneal, tmp_path, monkeypatch):
+    path, buffer = small_buffer
+    rates = []
+
+    def update(agent, optimizer, *batch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return torch.zeros(2)
+
+    monkeypatch.setattr(distill, "distill_update", update)
+    flags = {"epochs": 3, "batch_size": 64, "learning_rate": 1e-3, "anneal_lr": anneal}
+    distilled(path, tmp_path, monkeypatch, **flags)
+    batches = 3 * math.ceil(len(held_out_rows(buffer)[0]) / 64)
+    shares = 1 - np.arange(batches) / batches if anneal else np.ones(batches)
+    np.testing.assert_allclose(rates, 1e-3 * shares)
 
 
 def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
-    without = distilled(small_buffer, tmp_path, monkeypatch, epochs=2)
-    with_values = distilled(small_buffer, tmp_path, monkeypatch, epochs=2, value_coef=0.5,
-                            overwrite=True)
-    name = "validation/value_loss"
-    assert with_values["validation"][name] < without["validation"][name] / 4
+    path, buffer = small_buffer
+    student = distilled(path, tmp_path, monkeypatch, epochs=2, value_coef=0.5)
+    torch.manual_seed(1)
+    untrained = distill.Agent("low", 6).state_dict()
+    start = held_out_figures(untrained, buffer, held_out_rows(buffer)[2])
+    found = student["validation"]["validation/value_loss"]
+    assert found < start["validation/value_loss"] / 4
 
 
 def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
+    """Its figures are those of held-out samples that are unlike any to train on."""
+    path, buffer = small_buffer
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    student = distilled(small_buffer, tmp_path, monkeypatch, epochs=40, optimizer="adam",
-                        learning_rate=3e-3, anneal_lr=False, early_stop_patience=1)
-    assert student["epoch"] < 40
-    lines = capsys.readouterr().out.splitlines()
-    assert (f"kept        the weights of epoch {student['epoch']} of {student['last_epoch']}"
-            in lines)
-    buffer = distill.load_buffer(small_buffer, "PongNoFrameskip-v4",
-                                 ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"], "")
-    rows = distill.split_episodes(buffer["episode_index"], 0.1, 1)[1]
-    agent = distill.Agent("low", 6)
-    agent.load_state_dict(student["model"])
-    obs = torch.from_numpy(buffer["frames"][buffer["stack_index"][rows]])
-    with torch.no_grad():
-        kl = distill.kl_divergence(torch.from_numpy(buffer["action_probs"][rows]),
-                                   agent(obs)[0]).mean()
-    assert any(x.startswith(f"epoch {student['epoch']:<5} held-out KL {kl:.4f}, ") for x in lines)
-    assert student["global_step"] == 2700 * student["epoch"]
-    assert student["validation"]["validation/kl"] == pytest.approx(kl.item(), rel=1e-3)
+    flags = {"epochs": 40, "optimizer": "adam", "learning_rate": 3e-3, "early_stop_patience": 1}
+    student = distilled(path, tmp_path, monkeypatch, **flags)
+    assert student["last_epoch"] == student["epoch"] + 1 < 40
+    train, held_out, unseen = held_out_rows(buffer)
+    assert 0 < len(unseen) < len(held_out)
+    expected = held_out_figures(student["model"], buffer, unseen)
+    on_all = held_out_figures(student["model"], buffer, held_out)
+    assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert student["validation"] != pytest.approx(on_all, rel=1e-3, abs=1e-6)
+    assert student["global_step"] == len(train) * student["epoch"]
+    output = capsys.readouterr().out
+    counts = re.search(r"held out +(\d+) samples, (\d+) of them unlike any to train on", output)
+    assert [int(count) for count in counts.groups()] == [len(held_out), len(unseen)]
+    kept = re.search(r"kept +epoch (\d+): validation/kl (\S+),", output).groups()
+    assert kept == (str(student["epoch"]), f"{student['validation']['validation/kl']:.4f}")
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))["validation/kl"]
-    assert scalars[-1][1] > kl + 1e-4, "the last epoch was a worse one"
-    assert min(value for _, value in scalars) == pytest.approx(kl.item(), rel=1e-3)
+    logged = [value for _, value in scalars]
+    assert logged[-2] == min(logged) == pytest.approx(expected["validation/kl"], rel=1e-3)
+    last = held_out_figures(student["last_model"], buffer, unseen)
+    assert logged[-1] == pytest.approx(last["validation/kl"], rel=1e-3)
+
+
+def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(
+    small_buffer, tmp_path, monkeypatch, capsys
+):
+    """As a greedy teacher's games can be the same from start to end."""
+    path, buffer = small_buffer
+    names = ("stack_index", "action_probs", "values")
+    twice = {name: np.concatenate((buffer[name][:300], buffer[name][:300])) for name in names}
+    twice |= {"frames": buffer["frames"], "episode_index": np.repeat([0, 1], 300)}
+    np.savez(tmp_path / "twice.npz", **twice, meta=buffer["meta"])
+    student = distilled("twice.npz", tmp_path, monkeypatch, epochs=1)
+    assert "held out    60 samples, 0 of them unlike any" in capsys.readouterr().out
+    expected = held_out_figures(student["model"], twice, np.arange(540, 600))
+    assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_share_of_teacher():
     def result(mean, greedy=False):
         return {"mean": mean, "greedy": greedy, "repeat_action_probability": 0.0}
 
-    def share(student, teacher):
-        return distill.share_of_teacher(student, {"evaluation": teacher})
-
-    assert share(result(9), result(12)) == "mean 9.00, its teacher's 12.00: 75.0% of its teacher"
-    assert "not comparable" in share(result(9, greedy=True), result(12))
+    share = distill.share_of_teacher
+    text = "mean 9.00, its teacher's 12.00: 75.0% of its teacher"
+    assert share(result(9), result(12)) == text
+    assert share(result(9, greedy=True), result(12)).startswith(f"{text}; not comparable")
     for student, teacher in ((-5, -2), (5, -2), (-5, 2)):
-        assert share(result(student), result(teacher)).endswith("not both are positive")
-    assert "not both were evaluated" in share(result(9), None)
-    assert "not both were evaluated" in share(None, result(12))
-    assert "not both were evaluated" in distill.share_of_teacher(result(9), None)
+        text = share(result(student), result(teacher))
+        assert text == f"mean {student:.2f}, its teacher's {teacher:.2f}"
+    for pair in ((result(9), None), (None, result(12))):
+        assert share(*pair) == "no share of its teacher, since not both are evaluated"

@@ -1,9 +1,24 @@
-"""The games as the scripts make them."""
+"""The games as the scripts make them, against ale-py's own."""
+
+from functools import partialmethod
 
 import numpy as np
-import ppo_atari_teacher as teacher
 import pytest
-import torch
+from ale_py.vector_env import AtariVectorEnv
+
+import ppo_atari_teacher as teacher
+
+PAPER = {
+    "noop_max": 30,
+    "use_fire_reset": True,
+    "frameskip": 4,
+    "maxpool": True,
+    "stack_num": 4,
+    "grayscale": True,
+    "max_num_frames_per_episode": 108_000,
+    "episodic_life": False,
+    "full_action_space": False,
+}
 
 
 @pytest.mark.parametrize("env_id", ["MsPacmanNoFrameskip-v4", "ALE/MsPacman-v5", "MsPacman-v5"])
@@ -11,48 +26,107 @@ def test_three_ids_name_the_same_game(env_id):
     assert teacher.resolve_game(env_id) == ("MsPacmanNoFrameskip-v4", "ms_pacman")
 
 
-@pytest.mark.parametrize("env_id, meant", [
-    ("ms_pacman", "MsPacman"), ("ALE/Brekout-v5", "Breakout"), ("PongNoFrameskip-v0", "Pong"),
-    ("ALE/PongNoFrameskip-v4", "Pong"), ("Pong", "Pong"), ("ALE/Combat-v5", "")])
+@pytest.mark.parametrize(
+    "env_id, meant",
+    [
+        ("ms_pacman", "MsPacman"),
+        ("ALE/Brekout-v5", "Breakout"),
+        ("PongNoFrameskip-v0", "Pong"),
+        ("Pong", "Pong"),
+    ],
+)
 def test_other_ids_are_refused_with_close_names(env_id, meant):
-    with pytest.raises(teacher.UsageError, match=f"{meant}NoFrameskip-v4"):
+    with pytest.raises(SystemExit, match=f"{env_id}: .*{meant}NoFrameskip-v4"):
         teacher.resolve_game(env_id)
 
 
-@pytest.mark.parametrize("rom, num_actions", [("pong", 6), ("breakout", 4), ("ms_pacman", 9)])
+@pytest.mark.parametrize("rom, num_actions", [("pong", 6), ("ms_pacman", 9)])
 def test_spaces(rom, num_actions):
-    groups = teacher.make_envs(rom, 5, True, 0.0, device=torch.device("cuda:0"))
-    assert [part for _, part in groups] == [slice(0, 3), slice(3, 5)]
-    for (envs, part), size in zip(groups, (3, 2)):
-        obs, _ = envs.reset(seed=teacher.game_seeds(5, 1, 1)[part])
-        assert (obs.shape, obs.dtype) == ((size, 4, 84, 84), np.uint8)
-        assert not obs[:, :3].any() and obs[:, 3].any(), "blank frames before a game's start"
-        assert envs.single_action_space.n == num_actions
-    for device, num_envs in (("cuda", 1), ("cpu", 1), ("cpu", 4)):
-        (_, part), = teacher.make_envs(rom, num_envs, True, 0.0, device=device)
-        assert part == slice(0, num_envs)
+    envs = teacher.AtariEnvs(rom, 3, True, 0.0)
+    obs, _ = envs.reset(seed=teacher.game_seeds(3, 1, 1))
+    assert (obs.shape, obs.dtype) == ((3, 4, 84, 84), np.uint8)
+    assert not obs[:, :3].any() and obs[:, 3].any(), "blank frames before a game's start"
+    assert envs.single_action_space.n == len(envs.action_meanings) == num_actions
+    assert envs.action_meanings[0] == "NOOP"
 
 
-@pytest.mark.parametrize("life_loss", [True, False])
-def test_lost_lives_end_episodes_in_training_only(life_loss):
-    (envs, _), = teacher.make_envs("breakout", 4, life_loss, 0.0)
-    _, info = envs.reset(seed=teacher.game_seeds(4, 1, 1))
-    rng, lives, frame = np.random.default_rng(0), info["lives"], info["episode_frame_number"]
-    lost, games = 0, 0
-    for _ in range(400):
-        _, _, terminated, truncated, info = envs.step(rng.integers(0, 4, 4))
-        over = info["episode_frame_number"] < frame
-        life = (info["lives"] < lives) & ~over
-        np.testing.assert_array_equal(terminated, over | (life & life_loss))
-        assert not truncated.any()
-        lost, games = lost + life.sum(), games + over.sum()
-        lives, frame = info["lives"], info["episode_frame_number"]
-    assert lost > games > 2
+@pytest.mark.parametrize(
+    "rom, life_loss, steps, max_frames, happens",
+    [
+        ("breakout", True, 200, 108_000, {"lost", "forced", "ended"}),
+        ("breakout", False, 150, 400, {"lost", "forced", "truncated"}),
+        ("ms_pacman", True, 200, 108_000, {"lost"}),  # has no FIRE
+        ("pong", True, 80, 150, {"truncated"}),  # has no lives
+    ],
+)
+def test_fire_is_pressed_after_each_lost_life_and_nothing_else_is_changed(
+    rom, life_loss, steps, max_frames, happens, monkeypatch
+):
+    """Against ale-py's games, whose actions are replaced here, and whose own ends count."""
+    bare = AtariVectorEnv(
+        rom,
+        3,
+        autoreset_mode="SameStep",
+        reward_clipping=False,
+        **PAPER | {"max_num_frames_per_episode": max_frames},
+    )
+    if max_frames != 108_000:
+        shorter = partialmethod(AtariVectorEnv.__init__, max_num_frames_per_episode=max_frames)
+        monkeypatch.setattr(AtariVectorEnv, "__init__", shorter)
+    envs = teacher.AtariEnvs(rom, 3, life_loss, 0.0)
+    names = [action.name for action in bare.ale.get_action_set()]
+    seeds = teacher.game_seeds(3, 1, 1)
+    expected, info = bare.reset(seed=seeds)
+    found, _ = envs.reset(seed=seeds)
+    np.testing.assert_array_equal(found, expected)
+    lives, new_life = info["lives"], np.zeros(3, bool)
+    counts = dict.fromkeys(("lost", "forced", "ended", "truncated"), 0)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        press = new_life if "FIRE" in names else np.zeros(3, bool)
+        np.testing.assert_array_equal(envs.forced, press)
+        actions = rng.integers(0, len(names), 3)
+        given = actions.copy()
+        found = envs.step(given)
+        np.testing.assert_array_equal(given, actions)  # the caller's array is left alone
+        actions[press] = names.index("FIRE") if press.any() else 0
+        obs, reward, over, truncated, info = bare.step(actions)
+        life = (info["lives"] < lives) & ~over & ~truncated
+        for one, other in zip(found, (obs, reward, over | (life & life_loss), truncated)):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(envs.game_over, over | truncated)
+        new_life, lives = life & (info["lives"] > 0), info["lives"]
+        for name, games in zip(counts, (life, press, over, truncated)):
+            counts[name] += games.sum()
+    assert {name for name, count in counts.items() if count > 1} == happens, counts
+
+
+def test_only_a_lost_life_with_more_left_forces_fire(monkeypatch):
+    """Not the loss of the last one, as a game may go on at 0, nor a new game's smaller count."""
+    envs = teacher.AtariEnvs("breakout", 1, False, 0.0)
+    envs.reset(seed=np.array([1]))
+    steps = [  # lives, frame of the game, whether FIRE follows, whether the game ended
+        (5, 904, False, False),
+        (4, 908, True, False),
+        (4, 912, False, False),
+        (6, 916, False, False),
+        (5, 2, False, True),
+        (1, 6, True, False),
+        (0, 10, False, False),
+        (0, 14, False, False),
+        (5, 2, False, True),
+    ]
+    for lives, frame, forced, game_over in steps:
+        info = {"lives": np.array([lives]), "episode_frame_number": np.array([frame])}
+        step = None, np.zeros(1), np.zeros(1, bool), np.zeros(1, bool), info
+        monkeypatch.setattr(AtariVectorEnv, "step", lambda envs, actions, step=step: step)
+        envs.step(np.zeros(1, np.int64))
+        assert (envs.forced[0], envs.game_over[0]) == (forced, game_over), (lives, frame)
 
 
 def test_sticky_actions_change_the_game():
     def play(probability):
-        (envs, _), = teacher.make_envs("breakout", 1, False, probability)
+        envs = teacher.AtariEnvs("breakout", 1, False, probability)
         envs.reset(seed=teacher.game_seeds(1, 1, 1))
         rng = np.random.default_rng(0)
         return np.concatenate([envs.step(rng.integers(0, 4, 1))[0] for _ in range(60)])

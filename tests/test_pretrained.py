@@ -1,15 +1,15 @@
 """What ships in `pretrained/`: the files are those of its table and do what the table says."""
 
 import hashlib
-import json
 import re
 
-import actor_distill as distill
-import collect_buffer as collect
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_main
+
+import actor_distill as distill
+import collect_buffer as collect
 
 PRETRAINED = ROOT / "pretrained"
 GAMES = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
@@ -17,13 +17,21 @@ GAMES = sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir())
 
 def table_rows():
     """Rows of `pretrained/README.md`: file to its other cells."""
-    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", (PRETRAINED / "README.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([^`]+)` \|(.*)\|$", (PRETRAINED / "README.md").read_text(), re.MULTILINE
+    )
     return {file: [cell.strip() for cell in cells.split("|")] for file, cells in rows}
 
 
+@pytest.fixture(scope="module", params=GAMES)
+def shipped(request):
+    """A game with a teacher and a buffer that ship: its id, and what `load_buffer` reads."""
+    path = PRETRAINED / request.param / "buffer.npz"
+    return request.param, distill.load_buffer(path, request.param)
+
+
 def test_every_file_is_in_the_table_with_its_sha256():
-    files = {str(path.relative_to(PRETRAINED)): path for path in PRETRAINED.rglob("*")
-             if path.suffix in (".pt", ".npz")}
+    files = {str(p.relative_to(PRETRAINED)): p for p in PRETRAINED.glob("*/*")}
     rows = table_rows()
     assert files.keys() == rows.keys() and files
     for name, path in files.items():
@@ -33,43 +41,59 @@ def test_every_file_is_in_the_table_with_its_sha256():
 @pytest.mark.parametrize("game", GAMES)
 def test_teacher_is_stripped_small_and_as_good_as_its_row_says(game):
     path = PRETRAINED / game / "ppo_high.pt"
-    (envs, _), = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
-    checkpoint, _ = collect.load_checkpoint(path, game, int(envs.single_action_space.n), "")
+    checkpoint, _ = distill.load_checkpoint(path, game, "")
     assert not {"optimizer", "rng"} & checkpoint.keys() and path.stat().st_size < 7e6
     result, row = checkpoint["evaluation"], " ".join(table_rows()[f"{game}/ppo_high.pt"])
     low, high = result["ci95"]
-    for text in (f"{checkpoint['global_step']:,}", f"{result['mean']:.2f} ± {result['std']:.2f}",
-                 f"{result['episodes']} games", f"{low:.2f} to {high:.2f}"):
+    for text in (
+        f"{checkpoint['global_step']:,}",
+        f"{result['mean']:.2f} ± {result['std']:.2f}",
+        f"{result['episodes']} games",
+        f"{low:.2f} to {high:.2f}",
+    ):
         assert text in row, text
 
 
-@pytest.mark.parametrize("game", GAMES)
-def test_buffer_was_recorded_from_the_shipped_teacher(game):
-    (envs, _), = collect.make_envs(collect.resolve_game(game)[1], 1, False, 0.0)
-    meanings = [action.name for action in envs.ale.get_action_set()]
-    buffer = distill.load_buffer(PRETRAINED / game / "buffer.npz", game, meanings, "")
-    teacher = (PRETRAINED / game / "ppo_high.pt").read_bytes()
-    assert buffer["meta"]["teacher"]["sha256"] == hashlib.sha256(teacher).hexdigest()
-    _, agent = collect.load_checkpoint(PRETRAINED / game / "ppo_high.pt", game, len(meanings), "")
-    rows = np.random.default_rng(0).choice(len(buffer["values"]), 200, replace=False)
+def test_buffer_was_recorded_from_the_shipped_teacher(shipped):
+    game, (frames, stack_index, action_probs, values, _, meta) = shipped
+    path = PRETRAINED / game / "ppo_high.pt"
+    teacher, agent = collect.load_teacher(path, game, action_probs.shape[1])
+    assert meta["teacher"]["sha256"] == teacher["sha256"]
+    assert meta["teacher"]["evaluation"] == teacher["evaluation"]
+    rows = np.random.default_rng(0).choice(len(values), 200, replace=False)
     with torch.no_grad():
-        logits, values = agent(torch.from_numpy(buffer["frames"][buffer["stack_index"][rows]]))
-    np.testing.assert_allclose(buffer["action_probs"][rows], logits.softmax(-1), atol=1e-4)
-    np.testing.assert_allclose(buffer["values"][rows], values, atol=1e-3)
+        logits, expected = agent(torch.from_numpy(frames[stack_index[rows]]))
+    np.testing.assert_allclose(action_probs[rows], logits.softmax(-1), atol=1e-4)
+    np.testing.assert_allclose(values[rows], expected, atol=1e-3)
 
 
-def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path):
-    before = {path: path.read_bytes() for path in PRETRAINED.rglob("*") if path.is_file()}
-    played = run_script(tmp_path, "collect_buffer.py", "--num-samples", 500, "--num-envs", 4)
-    assert played.returncode == 0, played.stderr
-    assert re.search(r"^pretrained  \S+ppo_high.pt serves as checkpoints/", played.stdout, re.M)
+def test_held_out_samples_are_no_training_samples(shipped):
+    """Against a comparison of whole observations, byte for byte, by a hash of 16 bytes."""
+    game, (frames, stack_index, *_, episode_index, _) = shipped
+    hashes = [hashlib.blake2b(frame, digest_size=16).digest() for frame in frames]
+    train_rows, held_out = distill.split_episodes(episode_index, 0.05, 1)
+    stacks = [b"".join(hashes[i] for i in stack) for stack in stack_index]
+    known = {stacks[row] for row in train_rows}
+    expected = [row for row in held_out if stacks[row] not in known]
+    found = distill.unseen(frames, stack_index, train_rows, held_out)
+    assert found.tolist() == expected
+    if game == "PongNoFrameskip-v4":
+        assert (len(held_out), len(found)) == (3567, 2539)
+
+
+def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in PRETRAINED.glob("*/*")}
+    run_main(collect, collect.Args(num_samples=8, num_envs=2))
+    printed = capsys.readouterr().out
+    assert re.search(r"^pretrained  \S+ppo_high.pt serves as checkpoints/", printed, re.MULTILINE)
+    assert "evaluation" not in printed, "its file holds one"
     (tmp_path / "buffers" / "PongNoFrameskip-v4.npz").unlink()
-    fitted = run_script(tmp_path, "actor_distill.py", "--eval-steps", 0, "--epochs", 2,
-                        "--capacity", "low", "--optimizer", "adam")
-    assert fitted.returncode == 0, fitted.stderr
-    assert re.search(r"^pretrained  \S+buffer.npz serves as buffers/", fitted.stdout, re.M)
-    student = torch.load(tmp_path / "checkpoints/PongNoFrameskip-v4/distilled_low.pt",
-                         weights_only=True)
-    assert student["validation"]["validation/agreement"] > 0.6
-    assert before == {path: path.read_bytes() for path in before}
-    assert json.loads(json.dumps(student["teacher"]["evaluation"]))["mean"] > 0
+    small = {"eval_steps": 0, "epochs": 1, "capacity": "low", "validation_fraction": 0.5}
+    run_main(distill, distill.Args(**small, batch_size=1024))
+    printed = capsys.readouterr().out
+    assert re.search(r"^pretrained  \S+buffer.npz serves as buffers/", printed, re.MULTILINE)
+    path = tmp_path / "checkpoints/PongNoFrameskip-v4/distilled_low.pt"
+    student = torch.load(path, weights_only=True)
+    assert student["teacher"]["evaluation"]["mean"] == pytest.approx(18.94, abs=0.005)
+    assert before == {path: path.read_bytes() for path in PRETRAINED.glob("*/*")}

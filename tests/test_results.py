@@ -19,8 +19,11 @@ def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     for game in GAMES:
         shutil.copytree(RESULTS / game / "table3", folder / game / "table3")
-    subprocess.run([sys.executable, ROOT / "benchmark" / "table3.py", *GAMES, "--results", folder],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "benchmark" / "table3.py", *GAMES, "--results", folder],
+        check=True,
+        capture_output=True,
+    )
     return (folder / "table3.md").read_text()
 
 
@@ -28,8 +31,10 @@ def test_the_same_files_give_the_same_table(table):
     assert GAMES and table == (RESULTS / "table3.md").read_text()
 
 
-def test_the_readme_shows_the_same_table(table):
-    shown = (ROOT / "README.md").read_text().split("<!-- benchmark/results/table3.md -->")[1]
+def test_the_documentation_shows_the_same_table(table):
+    shown = (
+        (ROOT / "docs" / "results.md").read_text().split("<!-- benchmark/results/table3.md -->")[1]
+    )
     assert shown.split("<!-- end -->")[0].strip() == table.split("\n\n", 1)[1].strip()
 
 
@@ -48,8 +53,12 @@ def test_the_teachers_row_equals_its_evaluation(table):
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     returns = np.array(found["returns"])
     assert found["steps"] >= 200_000 and found["greedy"] is False
-    assert cells[:4] == [f"{returns.mean():.2f} ± {returns.std():.2f}", f"{returns.max():g}",
-                         str(len(returns)), "1"]
+    assert cells[:4] == [
+        f"{returns.mean():.2f} ± {returns.std():.2f}",
+        f"{returns.max():g}",
+        str(len(returns)),
+        "1",
+    ]
     assert cells[5] == "100.0%" and cells[9] == "21", "the share, and the paper's mean"
 
 
