@@ -309,7 +309,10 @@ def main(args):
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     about |= {"args": vars(args), "teacher": meta["teacher"]}
     lr = annealed(args, (first_epoch - 1) / args.epochs)
-    print(f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}")
+    print(
+        f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}",
+        flush=True,
+    )
 
     loss_function = batch_loss
     if args.compile:
@@ -366,6 +369,7 @@ def main(args):
             checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer)
             save_checkpoint(args.save_path, checkpoint)
     except KeyboardInterrupt:
+        bar.close()
         epochs = checkpoint.get("last_epoch", 0)
         sys.exit(f"\nstopped after {epochs} epochs; to go on: {resume_command()}")
     print(f"wrote       {args.save_path}")
@@ -395,7 +399,7 @@ def load_buffer(path, env_id):
         fits = [len(array) == len(stack_index) for array in (outputs, *rest)]
         fits.append(frames.shape[1:] == (84, 84) and frames.dtype == np.uint8)
         fits.append(0 <= stack_index.min() and stack_index.max() < len(frames))
-        fits.append(targets == "q_values" or np.allclose(outputs.sum(1), 1, atol=1e-3))
+        fits.append(targets == "q_values" or np.allclose(abs(outputs).sum(1), 1, atol=1e-3))
         if not all(fits) or not np.isfinite(outputs).all():
             raise ValueError("its arrays do not fit each other, or hold no probabilities")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
@@ -655,8 +659,6 @@ def open_log(args, run_name=None, global_step=0):
 
 def claim(path, replace):
     """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
-    if os.path.isdir(path) or (os.path.exists(path) and not replace):
-        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -664,6 +666,8 @@ def claim(path, replace):
         sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
         sys.exit(f"{path}: cannot be written ({error}); pass another path")
+    if os.path.isdir(path) or (os.path.exists(path) and not replace):
+        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 
 
 def save_checkpoint(path, checkpoint):

@@ -210,7 +210,10 @@ def main(args):
     agent = agent.to(device, memory_format=torch.channels_last)
     claim(args.buffer_path, args.overwrite)
     writer = open_log(args)
-    print(f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}")
+    print(
+        f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}",
+        flush=True,
+    )
     if not teacher["evaluation"] and args.eval_steps:
         teacher["evaluation"] = evaluate(agent, rom, args, teacher, writer)
 
@@ -568,8 +571,6 @@ def open_log(args, run_name=None, global_step=0):
 
 def claim(path, replace):
     """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
-    if os.path.isdir(path) or (os.path.exists(path) and not replace):
-        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -577,6 +578,8 @@ def claim(path, replace):
         sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
         sys.exit(f"{path}: cannot be written ({error}); pass another path")
+    if os.path.isdir(path) or (os.path.exists(path) and not replace):
+        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 
 
 if __name__ == "__main__":

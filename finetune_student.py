@@ -267,25 +267,32 @@ def main(args):
     about = {"phase": "finetuned", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     about |= {"args": vars(args), "teacher": student.get("teacher")}
-    lr = annealed(args, last_saved // batch_size / (args.total_timesteps // batch_size))
-    print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
+    total = args.total_timesteps // batch_size * batch_size
+    lr = annealed(args, last_saved / total)
+    print(
+        f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}",
+        flush=True,
+    )
 
+    about["evaluation_before"] = checkpoint.get("evaluation_before")
+    if args.eval_steps and not last_saved:
+        student |= {"checkpoint": args.student_path, "global_step": 0}
+        before = evaluate(agent, rom, args, student, writer, "eval_before")
+        about["evaluation_before"] = before
+    bar = progress(initial=last_saved, total=total, unit="step")
     try:
-        about["evaluation_before"] = checkpoint.get("evaluation_before")
-        if args.eval_steps and not last_saved:
-            student |= {"checkpoint": args.student_path, "global_step": 0}
-            before = evaluate(agent, rom, args, student, writer, "eval_before")
-            about["evaluation_before"] = before
-        for step in train(args, agent, optimizer, envs, writer, last_saved, device):
+        for step in train(args, agent, optimizer, envs, writer, bar, device):
             checkpoint = {**about, **training_state(agent, optimizer), "global_step": step}
             if step + batch_size > last_saved + args.checkpoint_interval:
                 save_checkpoint(args.save_path, checkpoint)
                 last_saved = step
+        bar.close()
         save_checkpoint(args.save_path, checkpoint)
         if args.eval_steps:
             checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer)
             save_checkpoint(args.save_path, checkpoint)
     except KeyboardInterrupt:
+        bar.close()
         if checkpoint["global_step"] > last_saved:
             save_checkpoint(args.save_path, checkpoint)
         sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; to go on: {resume_command()}")
@@ -300,14 +307,13 @@ def main(args):
     print(f"student     {share_of_teacher(after, taught)}")
 
 
-def train(args, agent, optimizer, envs, writer, global_step, device):
-    """PPO: play, estimate advantages, update, over and over; log to `writer`.
+def train(args, agent, optimizer, envs, writer, bar, device):
+    """PPO: play, estimate advantages, update, over and over; yields the step after each iteration.
 
-    Yields:
-        The step after each iteration, counted on from `global_step`.
+    Logs to `writer`, and counts on from the step at which the progress `bar` stands.
     """
     batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
+    global_step = start_step = bar.n
     loss_function = minibatch_loss
     if args.compile:
         loss_function = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=False)
@@ -319,11 +325,10 @@ def train(args, agent, optimizer, envs, writer, global_step, device):
     rewards, dones = torch.empty((2, *rollout_shape))
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
     next_obs, _ = envs.reset(seed=game_seeds(args.num_envs, args.seed, 1, global_step))
-    start_time, start_step = time.time(), global_step
-    bar = progress(initial=global_step, total=num_iterations * batch_size, unit="step")
-    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
-        optimizer.param_groups[0]["lr"] = annealed(args, (iteration - 1) / num_iterations)
-        warming_up = iteration <= args.critic_warmup_updates
+    start_time = time.time()
+    while global_step < bar.total:
+        optimizer.param_groups[0]["lr"] = annealed(args, global_step / bar.total)
+        warming_up = global_step < args.critic_warmup_updates * batch_size
         agent.network.requires_grad_(not warming_up)
         agent.actor.requires_grad_(not warming_up)
         # clipping would hold a critic that has far to go to clip_coef an iteration
@@ -386,7 +391,6 @@ def train(args, agent, optimizer, envs, writer, global_step, device):
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.flush()
         yield global_step
-    bar.close()
 
 
 @torch.no_grad()
@@ -636,8 +640,6 @@ def open_log(args, run_name=None, global_step=0):
 
 def claim(path, replace):
     """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
-    if os.path.isdir(path) or (os.path.exists(path) and not replace):
-        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -645,6 +647,8 @@ def claim(path, replace):
         sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
         sys.exit(f"{path}: cannot be written ({error}); pass another path")
+    if os.path.isdir(path) or (os.path.exists(path) and not replace):
+        sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 
 
 def save_checkpoint(path, checkpoint):

@@ -1,10 +1,12 @@
 """What the tests share: the scripts on the import path, ways to run them, and one real chain."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests side by side share the cores
 
@@ -42,13 +44,25 @@ def run_main(module, args):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """The four scripts run one after another on Pong by their default paths: folder and outputs."""
-    folder = tmp_path_factory.mktemp("chain")
-    outputs = {}
-    for script, flags in PHASES.items():
-        outputs[script] = run_script(folder, script, *flags)
-        assert outputs[script].returncode == 0, outputs[script].stderr
-    return folder, outputs
+    """The four scripts run one after another on Pong by their default paths: folder and outputs.
+
+    Once for all of pytest-xdist's workers, the first of which runs it while the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, record = base / "chain", base / "chain.json"
+    with open(base / "chain.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            folder.mkdir()
+            outputs = {}
+            for script, flags in PHASES.items():
+                result = run_script(folder, script, *flags)
+                assert result.returncode == 0, result.stderr
+                outputs[script] = {"stdout": result.stdout, "stderr": result.stderr}
+            record.write_text(json.dumps(outputs))
+    outputs = json.loads(record.read_text())
+    return folder, {script: SimpleNamespace(**output) for script, output in outputs.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import opinionated_agent, run_main
-from test_ppo import tensorboard_scalars
+from conftest import opinionated_agent, run_main, tensorboard_scalars
 
 import actor_distill as distill
 import collect_buffer as collect
@@ -319,7 +318,7 @@ def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(
     small_buffer, tmp_path, monkeypatch, capsys
 ):
     """As a greedy teacher's games can be the same from start to end."""
-    path, buffer = small_buffer
+    _, buffer = small_buffer
     names = ("stack_index", "action_probs", "values")
     twice = {name: np.concatenate((buffer[name][:300], buffer[name][:300])) for name in names}
     twice |= {"frames": buffer["frames"], "episode_index": np.repeat([0, 1], 300)}

@@ -9,21 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import run_main, tensorboard_scalars
 from torch.utils.tensorboard import SummaryWriter
 
 import finetune_student as finetune
 import ppo_atari_teacher as teacher
-
-
-def tensorboard_scalars(folder):
-    """Every scalar below `folder`: tag to a list of (step, value)."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def train_briefly(folder, monkeypatch, **flags):
@@ -371,12 +361,14 @@ def test_critic_warm_up_is_not_held_back_by_value_clipping(tmp_path, monkeypatch
     agent, optimizer = small_training()
     start = copy.deepcopy(agent.state_dict())
     writer, device = SummaryWriter(tmp_path), torch.device("cpu")
-    iterations = finetune.train(args, agent, optimizer, envs, writer, 0, device)
+    bar = finetune.progress(total=args.total_timesteps)
+    iterations = finetune.train(args, agent, optimizer, envs, writer, bar, device)
     for _ in itertools.islice(iterations, 10):
         pass
     changed = {name for name, x in agent.state_dict().items() if not torch.equal(x, start[name])}
     assert changed == {"critic.weight", "critic.bias"}
     next(iterations)
+    bar.close()
     assert seen[0] < 1 and seen[10] == pytest.approx(10, abs=0.2)
     assert all(not torch.equal(x, start[name]) for name, x in agent.state_dict().items())
 
