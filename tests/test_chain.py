@@ -6,11 +6,12 @@ import json
 import math
 import re
 
-import actor_distill
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, run_main, run_script, tensorboard_scalars
+
+import actor_distill
 
 GAME = "PongNoFrameskip-v4"
 FILES = {
@@ -48,7 +49,7 @@ METRICS = {
 def run_folder(chain, script):
     """The run folder that a script of the chain named."""
     folder, outputs = chain
-    return folder / re.search(r"^run +(\S+) on ", outputs[script].stdout, re.M)[1]
+    return folder / re.search(r"^run +(\S+) on ", outputs[script].stdout, re.MULTILINE)[1]
 
 
 def checkpoint_of(chain, script):
@@ -287,20 +288,20 @@ def test_the_documented_python_runs(chain, monkeypatch):
     monkeypatch.chdir(chain[0])
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     reading = [block for block in blocks if "np.load(" in block]
     (taking,) = [block for block in blocks if block not in reading]
     assert reading
     for block in reading:
         found = {"np": np}
-        exec(block, found)
+        exec(block, found)  # noqa: S102
         assert found["observations"].shape == (256, 4, 84, 84)
         np.testing.assert_allclose(found["targets"][:256].sum(1), 1, atol=1e-5)
 
     taken = {"torch": torch}  # the functions that it names, and nothing else of the script
     for name in ("kl_divergence", "batch_loss", "distill_update"):
         assert f"`{name}`" in text
-        exec(inspect.getsource(getattr(actor_distill, name)), taken)
+        exec(inspect.getsource(getattr(actor_distill, name)), taken)  # noqa: S102
 
     class Student(torch.nn.Linear):
         def forward(self, obs):
@@ -311,5 +312,12 @@ def test_the_documented_python_runs(chain, monkeypatch):
     student = Student(3, 4)
     before = actor_distill.kl_divergence(targets, student(obs)[0]).sum().item()
     taken |= {"student": student, "batches": 50 * [(obs, targets, obs[:, 0])]}
-    exec(taking, taken)
+    exec(taking, taken)  # noqa: S102
     assert 0 < taken["kl_sum"] < 0.7 * before
+
+
+def test_every_link_of_readme_and_docs_leads_somewhere():
+    pages = [ROOT / "README.md", ROOT / "pretrained" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -308,12 +308,13 @@ def test_every_pass_sees_the_whole_rollout_once(tmp_path, monkeypatch):
     assert scalars["losses/explained_variance"] == [(400, pytest.approx(explained, rel=1e-3))]
 
 
-def test_explained_variance_is_finite_where_returns_do_not_vary(tmp_path, monkeypatch):
+def test_no_explained_variance_where_returns_do_not_vary(tmp_path, monkeypatch):
     """The first steps of Pong have no reward: without a discounted future all returns are 0."""
     flags = {"num_envs": 2, "num_steps": 8, "total_timesteps": 32, "num_minibatches": 1}
     train_briefly(tmp_path, monkeypatch, gamma=0, update_epochs=1, **flags)
     scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))
     assert len(scalars["losses/value_loss"]) == 2
+    assert "losses/explained_variance" not in scalars
     assert all(math.isfinite(value) for points in scalars.values() for _, value in points)
 
 
@@ -373,23 +374,40 @@ def test_critic_warm_up_is_not_held_back_by_value_clipping(tmp_path, monkeypatch
     assert all(not torch.equal(x, start[name]) for name, x in agent.state_dict().items())
 
 
-def test_ppo_learns_up_n_down(tmp_path, monkeypatch):
-    """24,576 steps of a small network beat its own beginning, beyond both intervals."""
-    monkeypatch.chdir(tmp_path)
-    intervals = {}
-    for steps in (1024, 24_576):
-        args = teacher.Args(
-            env_id="UpNDownNoFrameskip-v4",
-            capacity="low",
-            total_timesteps=steps,
-            num_steps=64,
-            num_minibatches=4,
-            update_epochs=4,
-            learning_rate=1e-3,
-            eval_steps=4000,
-            save_path=f"{steps}.pt",
-        )
-        run_main(teacher, args)
-        saved = torch.load(f"{steps}.pt", weights_only=True)
-        intervals[steps] = saved["evaluation"]["ci95"]
-    assert intervals[24_576][0] > intervals[1024][1], intervals
+class Stripes:
+    """A small game: one of four stripes of the picture is bright, and its action earns a point."""
+
+    num_envs = 16
+
+    def reset(self, seed):
+        self.rng, self.forced = np.random.default_rng(seed), np.zeros(16, bool)
+        self.game_over = self.forced
+        return self.draw(), {}
+
+    def draw(self):
+        self.right = self.rng.integers(0, 4, 16)
+        obs = np.zeros((16, 4, 84, 84), np.uint8)
+        for picture, stripe in zip(obs, self.right, strict=True):
+            picture[-1, :, 21 * stripe : 21 * stripe + 21] = 200
+        return obs
+
+    def step(self, actions):
+        reward, ended = (actions == self.right) * 10, self.rng.random(16) < 0.1
+        return self.draw(), reward, ended, np.zeros(16, bool), {}
+
+
+def test_ppo_learns_to_read_the_picture(tmp_path, monkeypatch):
+    """From one point in four to eight in ten, in 20 iterations of 512 steps."""
+    earned, plain_gae = [], teacher.gae
+    monkeypatch.setattr(
+        teacher,
+        "gae",
+        lambda rewards, *x: (earned.append(rewards.mean()), plain_gae(rewards, *x))[1],
+    )
+    args = teacher.Args(num_steps=32, num_minibatches=4, update_epochs=4, learning_rate=1e-3)
+    agent = teacher.Agent("low", 4).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
+    bar, device = teacher.progress(total=20 * 512), torch.device("cpu")
+    for _ in teacher.train(args, agent, optimizer, Stripes(), SummaryWriter(tmp_path), bar, device):
+        pass
+    assert earned[0] < 0.35 and earned[-1] > 0.8, earned
