@@ -575,9 +575,9 @@ def share_of_teacher(result, teacher):
     text = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
     if min(result["mean"], teacher["mean"]) > 0:
         text += f": {result['mean'] / teacher['mean']:.1%} of its teacher"
-    rules = ("greedy", "repeat_action_probability")
-    if any(result[rule] != teacher[rule] for rule in rules):
-        text += f"; not comparable, as {' or '.join(rules)} differs"
+    differ = [x for x in ("greedy", "repeat_action_probability") if result[x] != teacher[x]]
+    if differ:
+        text += f"; not comparable, as {' and '.join(differ)} differs"
     return text
 
 
