@@ -309,10 +309,7 @@ def main(args):
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     about |= {"args": vars(args), "teacher": meta["teacher"]}
     lr = annealed(args, (first_epoch - 1) / args.epochs)
-    print(
-        f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}",
-        flush=True,
-    )
+    print(f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}")
 
     loss_function = batch_loss
     if args.compile:
@@ -731,6 +728,7 @@ def resume_command():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

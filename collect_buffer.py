@@ -210,10 +210,7 @@ def main(args):
     agent = agent.to(device, memory_format=torch.channels_last)
     claim(args.buffer_path, args.overwrite)
     writer = open_log(args)
-    print(
-        f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}",
-        flush=True,
-    )
+    print(f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}")
     if not teacher["evaluation"] and args.eval_steps:
         teacher["evaluation"] = evaluate(agent, rom, args, teacher, writer)
 
@@ -583,6 +580,7 @@ def claim(path, replace):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

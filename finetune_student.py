@@ -269,10 +269,7 @@ def main(args):
     about |= {"args": vars(args), "teacher": student.get("teacher")}
     total = args.total_timesteps // batch_size * batch_size
     lr = annealed(args, last_saved / total)
-    print(
-        f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}",
-        flush=True,
-    )
+    print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
 
     about["evaluation_before"] = checkpoint.get("evaluation_before")
     if args.eval_steps and not last_saved:
@@ -712,6 +709,7 @@ def resume_command():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

@@ -257,10 +257,7 @@ def main(args):
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     total = args.total_timesteps // batch_size * batch_size
     lr = annealed(args, last_saved / total)
-    print(
-        f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}",
-        flush=True,
-    )
+    print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
 
     bar = progress(initial=last_saved, total=total, unit="step")
     try:
@@ -672,6 +669,7 @@ def resume_command():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
