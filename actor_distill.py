@@ -3,28 +3,22 @@
     python actor_distill.py --capacity medium --epochs 400
     python actor_distill.py --env-id BreakoutNoFrameskip-v4 --capacity low
     python actor_distill.py --buffer-path buffers/dqn.npz --loss mse
-    python actor_distill.py --eval-only checkpoints/PongNoFrameskip-v4/distilled_medium.pt
 
 The student minimises Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal
-Policy Optimization": the divergence KL(teacher || student), summed over the actions, averaged over
-the batch, without a temperature. A held-out share of the buffer tells when more epochs stop paying,
-the proxy metric that the paper leaves to future work. From a buffer of Q-values it learns by one of
-the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
+Policy Optimization": KL(teacher || student) over the actions, averaged over the batch. A held-out
+share of the buffer tells when more epochs stop paying. From a buffer of Q-values it learns by one
+of the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
 
-One step is one action of the agent, which the emulator repeats for four frames; one sample is one
-step of the buffer. `global_step` counts the samples seen.
+One sample is one step of the buffer. `global_step` counts the samples seen.
 """
 
 import copy
 import ctypes
-import difflib
 import fcntl
 import json
 import math
 import os
-import pickle
 import re
-import shlex
 import signal
 import sys
 import time
@@ -70,14 +64,11 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B user or team; without it, the login's default"""
+    """W&B project; the variable WANDB_ENTITY names the user or team"""
     capacity: Literal["high", "medium", "low"] = "medium"
     """size of the student, Table 2"""
     buffer_path: FilePath = "buffers/{env_id}.npz"
-    """buffer to learn from; flags in braces are filled in, and where the default is missing, the
-    one that ships serves"""
+    """buffer to learn from; where the default is missing, the one that ships serves"""
     save_path: FilePath = "checkpoints/{env_id}/distilled_{capacity}.pt"
     """checkpoint to write after every epoch; flags in braces are filled in"""
     resume: bool = False
@@ -93,7 +84,7 @@ class Args:
     eval_only: FilePath | None = None
     """distil nothing: evaluate this checkpoint, of any phase"""
 
-    # Environment, of the evaluation
+    # Environment
     env_id: str = "PongNoFrameskip-v4"
     """gymnasium id of the game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
     num_envs: PositiveInt = 16
@@ -104,29 +95,25 @@ class Args:
     # Algorithm
     epochs: PositiveInt = 10
     """passes over the buffer; the paper uses 10 to 400"""
-    batch_size: PositiveInt = 32
-    """samples a gradient step; the last batch of an epoch may be smaller"""
-    optimizer: Literal["sgd", "adam"] | None = None
-    """mini-batch SGD, as in the paper, with momentum 0.9; or Adam; default SGD for the KL, Adam for
-    the other two losses, whose larger gradients it survives"""
-    learning_rate: PositiveFloat | None = None
-    """learning rate at the start; default 0.03 for SGD, 0.001 for Adam"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly, to 0 after the last batch of the last epoch"""
+    batch_size: PositiveInt = 256
+    """samples a gradient step, one of each of as many stretches of the buffer"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
+    learning_rate: PositiveFloat = 8e-3
+    """learning rate at its highest; 0.03 suits SGD"""
+    anneal_lr: bool = True
+    """let the rate rise over the first 2% of the training, and then fall linearly to 0"""
     loss: Literal["kl", "mse", "nll"] = "kl"
     """what the student minimises: KL divergence from the teacher's softmax, squared error of its
     Q-values, or negative log-likelihood of the teacher's best action (Rusu et al. 2015)"""
     temperature: PositiveFloat | None = None
-    """for the KL, divide the teacher's Q-values or log-probabilities by this first (Eq. 2); below 1
-    sharpens; default 0.01 for Q-values, 1 for a policy, which is Eq. 3"""
+    """divides log-probabilities or Q-values for the KL (Eq. 2); default 1, as in Eq. 3, or 0.01"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
     validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
-    """share of the samples to hold out: whole episodes, or where they are too long for that, the
-    buffer's last stretch"""
+    """share of the samples to hold out: whole episodes, or if those are too long, the last stretch"""
     early_stop_patience: NonNegativeInt = 0
-    """stop after this many epochs without a lower held-out loss and keep the best epoch's weights;
-    0 runs every epoch and keeps the last"""
+    """stop after so many epochs without a lower held-out loss, and keep the best; 0 runs them all"""
 
 
 def layer_init(layer, std=2**0.5):
@@ -174,10 +161,9 @@ class Agent(nn.Module):
 
 
 def kl_divergence(target_probs, logits):
-    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats.
+    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats, float32 [B].
 
-    p is the teacher's, float32 [B, A], zeros allowed; q = softmax(logits) of the student. Returns
-    float32 [B], one divergence a sample, to be averaged over the batch.
+    p is the teacher's, float32 [B, A], zeros allowed; q = softmax(logits) of the student.
     """
     return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
 
@@ -190,8 +176,8 @@ def squared_error(target_q, q_values):
 def make_targets(outputs, q_values, loss, temperature):
     """What the student is fitted to, from the teacher's Q-values or probabilities float32 [N, A].
 
-    For "kl" softmax(Q / temperature), or softmax(log(p) / temperature), Eq. 2; for "nll" 1 for the
-    best action and 0 for the others; for "mse" the Q-values.
+    "kl": softmax(Q / temperature) or softmax(log(p) / temperature), Eq. 2; "nll": 1 for the best
+    action, 0 for the others; "mse": the Q-values.
     """
     if loss == "mse":
         return outputs
@@ -203,17 +189,11 @@ def make_targets(outputs, q_values, loss, temperature):
 
 
 def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_divergence):
-    """The student's loss on one batch.
+    """The student's loss on observations uint8 [B, 4, 84, 84].
 
-    Args:
-        obs: uint8 [B, 4, 84, 84].
-        targets, target_values: float32 [B, A] and [B], from the teacher's outputs.
-        value_coef: weight of 0.5 (V - V_teacher)^2; at 0 the critic is not touched.
-        divergence: maps targets and the student's logits to float32 [B].
-
-    Returns:
-        The loss, a scalar to minimise, and sums over the batch, float32 [2], detached: of the
-        divergence and of half the squared value error.
+    `targets` float32 [B, A] and `target_values` [B] are the teacher's; `value_coef` weighs
+    0.5 (V - V_teacher)^2, and at 0 the critic is not touched; `divergence` maps targets and logits
+    to float32 [B]. Returns a scalar to minimise, and the batch's sums of both, float32 [2].
     """
     logits, values = agent(obs)
     assert values.shape == target_values.shape, "values of shape [B, 1] would broadcast"
@@ -226,9 +206,9 @@ def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_div
 
 
 def distill_update(agent, optimizer, loss_function, *batch):
-    """One optimiser step on one batch, by `batch_loss`, compiled or not; returns its two sums.
+    """One optimiser step by `batch_loss`, which takes `batch` after the student: its two sums.
 
-    `batch` is what `batch_loss` takes after the student. No value leaves the device.
+    `loss_function` is `batch_loss`, compiled or not. No value leaves the device.
     """
     optimizer.zero_grad()
     loss, sums = loss_function(agent, *batch)
@@ -239,11 +219,11 @@ def distill_update(agent, optimizer, loss_function, *batch):
 
 @torch.inference_mode()
 def validate(agent, get_batch, rows, loss="kl"):
-    """Compare student and teacher on held-out samples, rows int64 [M] of `get_batch`.
+    """Compare student and teacher on samples, rows int64 [M] of `get_batch`: means by name.
 
-    Returns means by name: `validation/{loss}`, in nats unless squared; `validation/agreement`, the
-    share of samples on which both find the same action best; `validation/value_loss`, half the
-    squared error of the critic; `validation/entropy_gap`, the student's entropy less the targets'.
+    `validation/{loss}`, in nats unless squared; `validation/agreement`, the share in which both
+    find the same action best; `validation/value_loss`, half the critic's squared error;
+    `validation/entropy_gap`, the student's entropy less the targets'.
     """
     sums = 0
     distance = squared_error if loss == "mse" else kl_divergence
@@ -265,15 +245,13 @@ def main(args):
     args.env_id, rom = resolve_game(args.env_id)
     args.buffer_path = find_input(args.buffer_path, Args.buffer_path, "buffer.npz", args)
     args.save_path = args.save_path.format(**vars(args))
-    device = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
+    device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
-        return
+        return evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
 
-    args.optimizer = args.optimizer or ("sgd" if args.loss == "kl" else "adam")
-    args.learning_rate = args.learning_rate or {"sgd": 0.03, "adam": 1e-3}[args.optimizer]
-    claim(args.save_path, args.overwrite or args.resume)
+    if rank == 0:
+        claim(args.save_path, args.overwrite or args.resume)
     *buffer, episode_index, meta = load_buffer(args.buffer_path, args.env_id)
     q_values = meta.get("targets") == "q_values"
     if args.loss == "mse" and not q_values:
@@ -282,7 +260,15 @@ def main(args):
     train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
     new = unseen(*buffer[:2], train_rows, held_out)
     print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
-    held_out = torch.from_numpy(new if len(new) else held_out).to(device)
+    held_out = new if len(new) else held_out
+    batch_size = min(args.batch_size, len(train_rows))
+    if batch_size % processes:
+        sys.exit(f"--batch-size {batch_size} must be a multiple of the {processes} processes")
+    strata = train_rows[: len(train_rows) // batch_size * batch_size].reshape(batch_size, -1)
+    total = args.epochs * strata.size
+    if processes > 1:
+        strata = np.split(strata, processes)[rank]
+        buffer, strata, held_out = own_part(buffer, strata, held_out)
     frames, stack_index, outputs, values = (torch.from_numpy(array).to(device) for array in buffer)
     targets = make_targets(outputs, q_values, args.loss, args.temperature)
 
@@ -300,60 +286,34 @@ def main(args):
     optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    criterion, best = f"validation/{args.loss}", (0, math.inf)
     if checkpoint:
         restore(checkpoint, "distilled", args, agent, optimizer)
-    first_epoch = checkpoint.get("last_epoch", 0) + 1
-    global_step = start_step = (first_epoch - 1) * len(train_rows)
-    writer = open_log(args, checkpoint.get("run_name"), global_step)
+        best = (checkpoint["epoch"], checkpoint["validation"][criterion])
+    start = total // args.epochs * checkpoint.get("last_epoch", 0)
+    bar = progress(initial=start, total=total, unit="sample", disable=rank > 0)
+    data = (get_batch, strata, torch.from_numpy(held_out).to(device))
+    epochs = train(args, agent, optimizer, *data, best, bar, rank, processes)
+    if rank:  # process 0 alone logs, saves and evaluates
+        return list(epochs)
+
+    writer = open_log(args, checkpoint.get("run_name"), start)
     about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     about |= {"args": vars(args), "teacher": meta["teacher"]}
-    lr = annealed(args, (first_epoch - 1) / args.epochs)
-    print(f"run         {writer.log_dir} on {device}, epoch {first_epoch}, learning rate {lr:.3g}")
+    lr = scheduled(args, start / total)
+    print(f"run         {writer.log_dir} on {device}, sample {start:,}, learning rate {lr:.3g}")
 
-    loss_function = batch_loss
-    if args.compile:
-        loss_function = torch.compile(batch_loss, mode="reduce-overhead", dynamic=False)
-    divergence = squared_error if args.loss == "mse" else kl_divergence
-    criterion, patience = f"validation/{args.loss}", args.early_stop_patience
-    start_time = time.time()
-    bar = progress(initial=global_step, total=args.epochs * len(train_rows), unit="sample")
     try:
-        for epoch in range(first_epoch, args.epochs + 1):
-            if 0 < patience < epoch - checkpoint.get("epoch", 0):
-                break
-            order = np.random.default_rng((args.seed, 5, epoch)).permutation(train_rows)
-            batches = torch.from_numpy(order).to(device).split(args.batch_size)
-            sums = torch.zeros(2, device=device)
-            for i, rows in enumerate(batches):
-                done = (epoch - 1 + i / len(batches)) / args.epochs
-                optimizer.param_groups[0]["lr"] = annealed(args, done)
-                batch = (*get_batch(rows), args.value_coef, divergence)
-                sums += distill_update(agent, optimizer, loss_function, *batch)
-                bar.update(len(rows))
-
-            global_step += len(train_rows)
-            loss, value_loss = (sums / len(train_rows)).tolist()
-            if not math.isfinite(loss + value_loss):
-                sys.exit(f"distillation diverged in epoch {epoch}; lower --learning-rate")
-            validation = validate(agent, get_batch, held_out, args.loss)
-            metrics = {f"losses/{args.loss}": loss, "losses/value_loss": value_loss, **validation}
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
-            metrics["charts/epoch"] = epoch
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, global_step)
+        for epoch, best_epoch, metrics, validation in epochs:
+            for name, value in (metrics | validation).items():
+                writer.add_scalar(name, value, bar.n)
             writer.flush()
             bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
-
             state = training_state(agent, optimizer)
             state |= {"last_model": state["model"], "last_epoch": epoch}
-            state |= {"epoch": epoch, "global_step": global_step, "validation": validation}
-            if (
-                patience
-                and epoch > 1
-                and validation[criterion] >= checkpoint["validation"][criterion]
-            ):
+            state |= {"epoch": epoch, "global_step": bar.n, "validation": validation}
+            if best_epoch < epoch:
                 kept = ("model", "epoch", "global_step", "validation")
                 state |= {name: checkpoint[name] for name in kept}
             checkpoint = {**about, **state}
@@ -368,21 +328,68 @@ def main(args):
     except KeyboardInterrupt:
         bar.close()
         epochs = checkpoint.get("last_epoch", 0)
-        sys.exit(f"\nstopped after {epochs} epochs; to go on: {resume_command()}")
+        sys.exit(f"\nstopped after {epochs} epochs; pass --resume to go on")
     print(f"wrote       {args.save_path}")
-    action = "finetune_student.py --student-path"
-    if args.loss == "mse":  # no policy for PPO to start from
-        action = "actor_distill.py --eval-only"
-    print(f"next        python {action} {args.save_path} --env-id {args.env_id}")
+    if args.loss != "mse":  # which gives PPO no policy to start from
+        command = "finetune_student.py --student-path"
+        print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
     share = share_of_teacher(checkpoint.get("evaluation"), meta["teacher"]["evaluation"])
     print(f"student     {share}")
+
+
+def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0, processes=1):
+    """Fit the student, from the sample on at which the progress `bar` stands.
+
+    Args:
+        get_batch: maps rows int64 [B] to observations, targets and target values.
+        strata: rows int64 [B, K]; each of the K batches of an epoch has one row of each stratum. Of
+            torchrun's `processes`, this one has share `rank` of the strata.
+        held_out: rows int64 [M], a tensor; `best`: number and loss on them of the best epoch so far.
+
+    Yields:
+        After each epoch its number, the best one's, and two dicts to log, the last of `validate`.
+    """
+    learner, loss_function, start, start_time = agent, batch_loss, bar.n, time.time()
+    agent.critic.requires_grad_(args.value_coef != 0)
+    if processes > 1:  # averages the gradients
+        learner = nn.parallel.DistributedDataParallel(agent)
+    if args.compile:
+        loss_function = torch.compile(batch_loss, mode="reduce-overhead", dynamic=False)
+    divergence = squared_error if args.loss == "mse" else kl_divergence
+    samples = processes * strata.size
+    best_epoch, best_loss = best
+    columns = np.tile(np.arange(strata.shape[1]), (processes * len(strata), 1))
+    for epoch in range(start // samples + 1, args.epochs + 1):
+        if 0 < args.early_stop_patience < epoch - best_epoch:
+            return
+        shuffled = np.random.default_rng((args.seed, 5, epoch)).permuted(columns, axis=1)
+        order = np.take_along_axis(strata, np.split(shuffled, processes)[rank], axis=1)
+        sums = torch.zeros(2, device=held_out.device)
+        for i, rows in enumerate(torch.from_numpy(order.T.copy()).to(held_out.device)):
+            done = (epoch - 1 + i / len(order.T)) / args.epochs
+            optimizer.param_groups[0]["lr"] = scheduled(args, done)
+            batch = (*get_batch(rows), args.value_coef, divergence)
+            sums += distill_update(learner, optimizer, loss_function, *batch)
+            bar.update(processes * len(rows))
+
+        loss, value_loss = (gathered(sums).sum(0) / samples).tolist()
+        if not math.isfinite(loss + value_loss):
+            sys.exit(f"distillation diverged in epoch {epoch}; lower --learning-rate")
+        metrics = {f"losses/{args.loss}": loss, "losses/value_loss": value_loss}
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = (epoch * samples - start) / (time.time() - start_time)
+        metrics["charts/epoch"] = epoch
+        validation = validate(agent, get_batch, held_out, args.loss)
+        held_out_loss = gathered(sums.new_tensor(validation[f"validation/{args.loss}"]))[0]
+        if not args.early_stop_patience or held_out_loss < best_loss:
+            best_epoch, best_loss = epoch, held_out_loss
+        yield epoch, best_epoch, metrics, validation
 
 
 def load_buffer(path, env_id):
     """Read a buffer of `collect_buffer.py`; runs no code in it, exits where it cannot be used.
 
-    Returns frames uint8 [F, 84, 84], stack_index int32 [N, 4], action_probs or q_values float32
-    [N, A], values float32 [N], episode_index int32 [N], and `meta`, a dict.
+    Returns frames, stack_index, action_probs or q_values, values, episode_index, and `meta`.
     """
     fix = f"make one with `python collect_buffer.py --env-id {env_id}`"
     try:
@@ -407,9 +414,8 @@ def load_buffer(path, env_id):
 def split_episodes(episode_index, fraction, seed):
     """Hold out whole episodes, drawn at random until they make up `fraction` of the samples.
 
-    Where that would hold out more than twice as much, because the buffer has few and long
-    episodes, the buffer's last stretch of the wanted length is held out instead. Returns rows to
-    train on and rows to hold out, int64, both ascending and neither empty for N > 1.
+    Where that would be more than twice as much, as episodes are few and long, holds out the last
+    stretch of the buffer. Returns rows to train on and rows to hold out, int64, both ascending.
     """
     wanted = min(max(1, round(fraction * len(episode_index))), len(episode_index) - 1)
     lengths = np.bincount(episode_index)
@@ -421,6 +427,16 @@ def split_episodes(episode_index, fraction, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def own_part(buffer, strata, held_out):
+    """What one of several processes keeps: the buffer's arrays, and its own rows of them."""
+    frames, stack_index, *rest = buffer
+    rows = np.concatenate((strata.ravel(), held_out))
+    used, stack_index = np.unique(stack_index[rows], return_inverse=True)
+    buffer = (frames[used], stack_index, *(array[rows] for array in rest))
+    train_rows, held_out = np.split(np.arange(len(rows)), [strata.size])
+    return buffer, train_rows.reshape(strata.shape), held_out
+
+
 def unseen(frames, stack_index, train_rows, held_out):
     """The held-out rows whose observation is no training row's; many are, as games start alike."""
     checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
@@ -428,21 +444,21 @@ def unseen(frames, stack_index, train_rows, held_out):
     return held_out[~np.isin(observations[held_out], observations[train_rows])]
 
 
-def annealed(args, done):
+def scheduled(args, done):
     """The learning rate after a share `done`, 0 to 1, of the training."""
-    return args.learning_rate * (1 - done if args.anneal_lr else 1)
+    return args.learning_rate * (min(done / 0.02, 1 - done) if args.anneal_lr else 1)
 
 
 class AtariEnvs(AtariVectorEnv):
     """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
 
-    So do the wrappers that the paper's reference code uses; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` also reports
+    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
+    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
     `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
     are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
 
-    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given.
-    `game_over`, bool [N]: the games that ended with the last step.
+    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
+    `game_over`, bool [N]: those that ended with the last step.
     """
 
     def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
@@ -482,21 +498,25 @@ def game_seeds(num_envs, *entropy):
     return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
 
 
-def sample_actions(logits, generator=None):
-    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+def sample_actions(logits, generator=None, rank=0, processes=1):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
+
+    The noise is share `rank` of that for `processes` times as many.
+    """
+    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
+    return (logits - noise.log()).argmax(-1)
 
 
 @torch.inference_mode()
 def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
 
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N); every
-    game that it began until then counts. As long games make a slot's games fewer, the mean over
-    games keeps a bias of the order of one over the games of a slot.
+    A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
+    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
+    a bias of the order of one over the games of a slot.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
-    nothing in `envs`; `seed` is that of games and actions, and torch's own is left alone.
+    nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
     """
     generator = torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
@@ -524,20 +544,18 @@ def play(agent, envs, eval_steps, seed, greedy, device):
 
 
 def summarize(returns):
-    """Mean, sd (ddof 0), max and interquartile mean of games' returns, as plain numbers.
+    """Mean, sd (ddof 0) and max of games' returns, as plain numbers.
 
-    `iqm` leaves out the floor(G / 4) lowest and highest of G games. `ci95` is the 95% percentile
-    bootstrap interval of the mean, from 2,000 resamples of the games; None for a single game.
+    `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
+    None for a single game.
     """
-    scores = np.sort(np.asarray(returns, np.float64))
-    cut = len(scores) // 4
+    scores = np.array(returns, np.float64)
     means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
     return {
         "mean": float(scores.mean()),
         "std": float(scores.std()),
         "max": float(scores.max()),
         "episodes": len(scores),
-        "iqm": float(scores[cut : len(scores) - cut].mean()),
         "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
     }
 
@@ -563,13 +581,12 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     }
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std", "iqm"):
+    for key in ("mean", "std"):
         writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
     writer.flush()
     print(
         f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, max {result['max']:g}, {len(returns)} games, {len(set(returns))} "
-        f"different returns, {result['steps']:,} steps: {path}"
+        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
     )
     return result
 
@@ -581,9 +598,6 @@ def share_of_teacher(result, teacher):
     text = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
     if min(result["mean"], teacher["mean"]) > 0:
         text += f": {result['mean'] / teacher['mean']:.1%} of its teacher"
-    differ = [x for x in ("greedy", "repeat_action_probability") if result[x] != teacher[x]]
-    if differ:
-        text += f"; not comparable, as {' and '.join(differ)} differs"
     return text
 
 
@@ -595,8 +609,7 @@ def resolve_game(env_id):
     games = {f"{r.title().replace('_', '')}NoFrameskip-v4": r for r in roms.get_all_rom_ids()}
     canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
     if canonical not in games:
-        close = difflib.get_close_matches(canonical, games, cutoff=0)
-        sys.exit(f"--env-id {env_id}: no such game; close names are {', '.join(close)}")
+        sys.exit(f"--env-id {env_id}: no such game; ids look like ALE/MsPacman-v5")
     return canonical, games[canonical]
 
 
@@ -611,7 +624,7 @@ def find_input(path, default, shipped, args):
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, set cuDNN's determinism, keep memory, and return the device."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     torch.backends.cudnn.benchmark = not torch_deterministic
@@ -621,7 +634,20 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if processes > 1:
+        torch.distributed.init_process_group()
+    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
+
+
+def gathered(x):
+    """Tensor `x` of each of torchrun's processes, [P, ...], the same in all of them."""
+    if not torch.distributed.is_initialized():
+        return x.unsqueeze(0)
+    every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, x)
+    return torch.stack(every)
 
 
 def progress(**options):
@@ -639,8 +665,6 @@ def open_log(args, run_name=None, global_step=0):
 
         wandb.init(
             project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            group=args.env_id,
             name=run_name,
             id=run_name,
             resume="allow",
@@ -686,8 +710,6 @@ def load_checkpoint(path, env_id, fix):
             sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
         agent = Agent(saved["capacity"], len(saved["model"]["actor.bias"]))
         agent.load_state_dict(saved["model"])
-    except pickle.UnpicklingError:
-        sys.exit(f"{path}: damaged, or a pickled module instead of plain tensors; {fix}")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
         sys.exit(f"{path}: no checkpoint of this project ({error!r:.250}); {fix}")
     return saved, agent
@@ -721,14 +743,7 @@ def restore(saved, phase, args, agent, optimizer):
             print(f"resumed     with --{name.replace('_', '-')} {now}; it was {before}")
 
 
-def resume_command():
-    """The command that goes on with this run."""
-    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-    return shlex.join(["python", *words, "--resume"])
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

@@ -18,7 +18,6 @@ one step.
 """
 
 import ctypes
-import difflib
 import fcntl
 import hashlib
 import io
@@ -68,9 +67,7 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B user or team; without it, the login's default"""
+    """W&B project; the variable WANDB_ENTITY names the user or team"""
     teacher_path: FilePath = "checkpoints/{env_id}/ppo_high.pt"
     """checkpoint of the teacher: this project's, a state dict of CleanRL (PPO, DQN) or Kostrikov's
     code, a zip of Stable-Baselines3 (PPO, DQN); where the default is missing, the one that ships"""
@@ -105,13 +102,13 @@ class Args:
 class AtariEnvs(AtariVectorEnv):
     """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
 
-    So do the wrappers that the paper's reference code uses; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` also reports
+    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
+    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
     `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
     are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
 
-    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given.
-    `game_over`, bool [N]: the games that ended with the last step.
+    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
+    `game_over`, bool [N]: those that ended with the last step.
     """
 
     def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
@@ -195,16 +192,20 @@ class Agent(nn.Module):
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sample_actions(logits, generator=None):
-    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+def sample_actions(logits, generator=None, rank=0, processes=1):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
+
+    The noise is share `rank` of that for `processes` times as many.
+    """
+    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
+    return (logits - noise.log()).argmax(-1)
 
 
 def main(args):
     args.env_id, rom = resolve_game(args.env_id)
     args.teacher_path = find_input(args.teacher_path, Args.teacher_path, "ppo_high.pt", args)
     args.buffer_path = args.buffer_path.format(**vars(args))
-    device = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
+    device, *_ = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
     teacher, agent = load_teacher(args.teacher_path, args.env_id, len(envs.action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
@@ -426,12 +427,12 @@ def find_input(path, default, shipped, args):
 def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
 
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N); every
-    game that it began until then counts. As long games make a slot's games fewer, the mean over
-    games keeps a bias of the order of one over the games of a slot.
+    A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
+    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
+    a bias of the order of one over the games of a slot.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
-    nothing in `envs`; `seed` is that of games and actions, and torch's own is left alone.
+    nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
     """
     generator = torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
@@ -459,20 +460,18 @@ def play(agent, envs, eval_steps, seed, greedy, device):
 
 
 def summarize(returns):
-    """Mean, sd (ddof 0), max and interquartile mean of games' returns, as plain numbers.
+    """Mean, sd (ddof 0) and max of games' returns, as plain numbers.
 
-    `iqm` leaves out the floor(G / 4) lowest and highest of G games. `ci95` is the 95% percentile
-    bootstrap interval of the mean, from 2,000 resamples of the games; None for a single game.
+    `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
+    None for a single game.
     """
-    scores = np.sort(np.asarray(returns, np.float64))
-    cut = len(scores) // 4
+    scores = np.array(returns, np.float64)
     means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
     return {
         "mean": float(scores.mean()),
         "std": float(scores.std()),
         "max": float(scores.max()),
         "episodes": len(scores),
-        "iqm": float(scores[cut : len(scores) - cut].mean()),
         "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
     }
 
@@ -498,13 +497,12 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     }
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std", "iqm"):
+    for key in ("mean", "std"):
         writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
     writer.flush()
     print(
         f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, max {result['max']:g}, {len(returns)} games, {len(set(returns))} "
-        f"different returns, {result['steps']:,} steps: {path}"
+        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
     )
     return result
 
@@ -517,13 +515,12 @@ def resolve_game(env_id):
     games = {f"{r.title().replace('_', '')}NoFrameskip-v4": r for r in roms.get_all_rom_ids()}
     canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
     if canonical not in games:
-        close = difflib.get_close_matches(canonical, games, cutoff=0)
-        sys.exit(f"--env-id {env_id}: no such game; close names are {', '.join(close)}")
+        sys.exit(f"--env-id {env_id}: no such game; ids look like ALE/MsPacman-v5")
     return canonical, games[canonical]
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, set cuDNN's determinism, keep memory, and return the device."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     torch.backends.cudnn.benchmark = not torch_deterministic
@@ -533,7 +530,11 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if processes > 1:
+        torch.distributed.init_process_group()
+    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
 
 
 def progress(**options):
@@ -551,8 +552,6 @@ def open_log(args, run_name=None, global_step=0):
 
         wandb.init(
             project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            group=args.env_id,
             name=run_name,
             id=run_name,
             resume="allow",
@@ -580,7 +579,6 @@ def claim(path, replace):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

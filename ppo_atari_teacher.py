@@ -16,14 +16,11 @@ this file is in steps, summed over the games that are played at once.
 
 import copy
 import ctypes
-import difflib
 import fcntl
 import json
 import math
 import os
-import pickle
 import re
-import shlex
 import signal
 import sys
 import time
@@ -68,9 +65,7 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B user or team; without it, the login's default"""
+    """W&B project; the variable WANDB_ENTITY names the user or team"""
     capacity: Literal["high", "medium", "low"] = "high"
     """size of the network, Table 2; the teacher is `high`"""
     save_path: FilePath = "checkpoints/{env_id}/ppo_{capacity}.pt"
@@ -135,13 +130,13 @@ class Args:
 class AtariEnvs(AtariVectorEnv):
     """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
 
-    So do the wrappers that the paper's reference code uses; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` also reports
+    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
+    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
     `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
     are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
 
-    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given.
-    `game_over`, bool [N]: the games that ended with the last step.
+    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
+    `game_over`, bool [N]: those that ended with the last step.
     """
 
     def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
@@ -225,25 +220,29 @@ class Agent(nn.Module):
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sample_actions(logits, generator=None):
-    """Draw actions int64 [B] from softmax(logits), logits float [B, A], by the Gumbel-max trick."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+def sample_actions(logits, generator=None, rank=0, processes=1):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
+
+    The noise is share `rank` of that for `processes` times as many.
+    """
+    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
+    return (logits - noise.log()).argmax(-1)
 
 
 def main(args):
     args.env_id, rom = resolve_game(args.env_id)
     args.save_path = args.save_path.format(**vars(args))
-    device = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
+    device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
-        return
+        return evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
 
     batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches or args.total_timesteps < batch_size:
-        sys.exit(f"--num-minibatches must divide {batch_size}, --total-timesteps be that or more")
-    claim(args.save_path, args.overwrite or args.resume)
-    envs = AtariEnvs(rom, args.num_envs, True, args.repeat_action_probability)
+    if args.num_envs % processes or batch_size // processes % args.num_minibatches:
+        sys.exit(f"--num-envs must be shared by {processes}, a share's steps by --num-minibatches")
+    if rank == 0:
+        claim(args.save_path, args.overwrite or args.resume)
+    envs = AtariEnvs(rom, args.num_envs // processes, True, args.repeat_action_probability)
     agent, checkpoint = Agent(args.capacity, len(envs.action_meanings)), {"global_step": 0}
     if args.resume and os.path.exists(args.save_path):
         checkpoint, agent = load_checkpoint(args.save_path, args.env_id, "pass --overwrite")
@@ -252,16 +251,23 @@ def main(args):
     last_saved = checkpoint["global_step"]
     if last_saved:
         restore(checkpoint, "ppo", args, agent, optimizer)
+    total = args.total_timesteps // batch_size * batch_size
+    bar = progress(initial=last_saved, total=total, unit="step", disable=rank > 0)
+    iterations = train(args, agent, optimizer, envs, bar, device, rank, processes)
+    if rank:  # process 0 alone logs, saves and evaluates
+        return list(iterations)
+
     writer = open_log(args, checkpoint.get("run_name"), last_saved)
     about = {"phase": "ppo", "env_id": args.env_id, "capacity": args.capacity, "args": vars(args)}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
-    total = args.total_timesteps // batch_size * batch_size
     lr = annealed(args, last_saved / total)
     print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
 
-    bar = progress(initial=last_saved, total=total, unit="step")
     try:
-        for step in train(args, agent, optimizer, envs, writer, bar, device):
+        for step, scalars in iterations:
+            for scalar in scalars:
+                writer.add_scalar(*scalar)
+            writer.flush()
             checkpoint = {**about, **training_state(agent, optimizer), "global_step": step}
             if step + batch_size > last_saved + args.checkpoint_interval:
                 save_checkpoint(args.save_path, checkpoint)
@@ -275,40 +281,46 @@ def main(args):
         bar.close()
         if checkpoint["global_step"] > last_saved:
             save_checkpoint(args.save_path, checkpoint)
-        sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; to go on: {resume_command()}")
+        sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; pass --resume to go on")
     print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
-    print(
-        f"next        python collect_buffer.py --env-id {args.env_id} --teacher-path {args.save_path}"
-    )
+    command = "collect_buffer.py --teacher-path"
+    print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
 
 
-def train(args, agent, optimizer, envs, writer, bar, device):
-    """PPO: play, estimate advantages, update, over and over; yields the step after each iteration.
+def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
+    """PPO: play, estimate advantages, update, over and over.
 
-    Logs to `writer`, and counts on from the step at which the progress `bar` stands.
+    Yields after each iteration the step and what there is to log, a list of (name, value, step).
+    Counts on from the step at which the progress `bar` stands. Of torchrun's processes this one
+    plays share `rank` of the games, in `envs`, and learns from them.
     """
-    batch_size = args.num_envs * args.num_steps
+    batch_size = envs.num_envs * args.num_steps
+    learner = agent
+    if processes > 1:  # averages the gradients
+        learner = nn.parallel.DistributedDataParallel(agent)
     global_step = start_step = bar.n
     coefficients = (args.clip_coef, args.clip_vloss, args.ent_coef, args.vf_coef)
     loss_function = minibatch_loss
     if args.compile:
         loss_function = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=False)
-    rollout_shape = (args.num_steps, args.num_envs)
+    rollout_shape = (args.num_steps, envs.num_envs)
     # with the channels last, as the network wants them: rearranged once, not in every pass
     obs = torch.empty((*rollout_shape, 84, 84, 4), dtype=torch.uint8, device=device)
     actions = torch.empty(rollout_shape, dtype=torch.int64, device=device)
     logprobs, values, forced = torch.empty((3, *rollout_shape), device=device)
     rewards, dones = torch.empty((2, *rollout_shape))
-    game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-    next_obs, _ = envs.reset(seed=game_seeds(args.num_envs, args.seed, 1, global_step))
+    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+    seeds = game_seeds(args.num_envs, args.seed, 1, global_step)
+    next_obs, _ = envs.reset(seed=np.split(seeds, processes)[rank])
     start_time = time.time()
     while global_step < bar.total:
         optimizer.param_groups[0]["lr"] = annealed(args, global_step / bar.total)
+        scalars = []
 
         for step in range(args.num_steps):
             obs[step] = torch.from_numpy(next_obs).permute(0, 2, 3, 1)
             forced[step] = torch.from_numpy(envs.forced)
-            decision = act(agent, obs[step].permute(0, 3, 1, 2))
+            decision = act(agent, obs[step].permute(0, 3, 1, 2), rank, processes)
             actions[step], logprobs[step], values[step] = decision
             next_obs, reward, terminated, truncated, info = envs.step(decision[0].cpu().numpy())
             rewards[step] = torch.from_numpy(np.sign(reward))
@@ -322,52 +334,53 @@ def train(args, agent, optimizer, envs, writer, bar, device):
             game_return += reward
             game_length += 1
             for e in np.flatnonzero(envs.game_over):
-                writer.add_scalar("charts/episodic_return", game_return[e], global_step)
-                writer.add_scalar("charts/episodic_length", game_length[e], global_step)
+                scalars.append(("charts/episodic_return", game_return[e], global_step))
+                scalars.append(("charts/episodic_length", game_length[e], global_step))
                 bar.set_postfix_str(f"return {game_return[e]:g}", refresh=False)
                 game_return[e] = game_length[e] = 0
 
-        last_values = act(agent, torch.from_numpy(next_obs).to(device))[2].cpu()
+        last_values = act(agent, torch.from_numpy(next_obs).to(device), rank, processes)[2].cpu()
         advantages = gae(rewards, values.cpu(), dones, last_values, args.gamma, args.gae_lambda)
         advantages = advantages.to(device)
         returns = advantages + values
         if args.norm_adv:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
+            every = gathered(advantages)
+            advantages = (advantages - every.mean()) / (every.std() + 1e-5)
         advantages *= 1 - forced  # FIRE was not the policy's choice
 
         b_obs = obs.flatten(0, 1)
         b_rest = [x.flatten() for x in (actions, logprobs, advantages, returns, values)]
         statistics = []
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+            order = torch.randperm(processes * batch_size, device=device)
+            for mb in (order[order // batch_size == rank] % batch_size).chunk(args.num_minibatches):
                 mb_obs = b_obs.index_select(0, mb).permute(0, 3, 1, 2)
                 minibatch = (mb_obs, [x[mb] for x in b_rest], coefficients, args.max_grad_norm)
-                statistics.append(ppo_update(agent, optimizer, loss_function, *minibatch))
-            approx_kl = torch.stack(statistics[-args.num_minibatches :])[:, 4].mean()
-            if args.target_kl and approx_kl > args.target_kl:
+                statistics.append(ppo_update(learner, optimizer, loss_function, *minibatch))
+            last = gathered(torch.stack(statistics[-args.num_minibatches :]).mean(0)).mean(0)
+            if args.target_kl and last[4] > args.target_kl:  # approx_kl
                 break
 
-        losses = torch.stack(statistics).mean(0).tolist()
+        losses = gathered(torch.stack(statistics).mean(0)).mean(0).tolist()
         if not math.isfinite(sum(losses)):
             sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-        for name, value in zip(names, losses, strict=True):
-            writer.add_scalar(f"losses/{name}", value, global_step)
-        if returns.var() > 1e-8:
-            explained_variance = 1 - (returns - values).var() / returns.var()
-            writer.add_scalar("losses/explained_variance", explained_variance, global_step)
-        sps = (global_step - start_step) / (time.time() - start_time)
-        writer.add_scalar("charts/SPS", sps, global_step)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.flush()
-        yield global_step
+        metrics = {f"losses/{name}": x for name, x in zip(names, losses, strict=True)}
+        every = gathered(returns)
+        if every.var() > 1e-8:
+            unexplained = gathered(returns - values).var() / every.var()
+            metrics["losses/explained_variance"] = 1 - unexplained.item()
+        metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        scalars += [(name, value, global_step) for name, value in metrics.items()]
+        yield global_step, scalars
 
 
 @torch.no_grad()
-def act(agent, obs):
+def act(agent, obs, rank=0, processes=1):
     """Sampled actions int64 [B], their log-probabilities and the values, float32 [B]."""
     logits, values = agent(obs)
-    actions = sample_actions(logits)
+    actions = sample_actions(logits, None, rank, processes)
     logprobs = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return actions, logprobs, values
 
@@ -455,12 +468,12 @@ def annealed(args, done):
 def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
 
-    Game slot e retires at its first game end at or after its own step ceil(eval_steps / N); every
-    game that it began until then counts. As long games make a slot's games fewer, the mean over
-    games keeps a bias of the order of one over the games of a slot.
+    A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
+    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
+    a bias of the order of one over the games of a slot.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
-    nothing in `envs`; `seed` is that of games and actions, and torch's own is left alone.
+    nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
     """
     generator = torch.Generator(device).manual_seed(seed)
     obs, _ = envs.reset(seed=game_seeds(envs.num_envs, seed, 3))
@@ -488,20 +501,18 @@ def play(agent, envs, eval_steps, seed, greedy, device):
 
 
 def summarize(returns):
-    """Mean, sd (ddof 0), max and interquartile mean of games' returns, as plain numbers.
+    """Mean, sd (ddof 0) and max of games' returns, as plain numbers.
 
-    `iqm` leaves out the floor(G / 4) lowest and highest of G games. `ci95` is the 95% percentile
-    bootstrap interval of the mean, from 2,000 resamples of the games; None for a single game.
+    `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
+    None for a single game.
     """
-    scores = np.sort(np.asarray(returns, np.float64))
-    cut = len(scores) // 4
+    scores = np.array(returns, np.float64)
     means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
     return {
         "mean": float(scores.mean()),
         "std": float(scores.std()),
         "max": float(scores.max()),
         "episodes": len(scores),
-        "iqm": float(scores[cut : len(scores) - cut].mean()),
         "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
     }
 
@@ -527,13 +538,12 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     }
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std", "iqm"):
+    for key in ("mean", "std"):
         writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
     writer.flush()
     print(
         f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, max {result['max']:g}, {len(returns)} games, {len(set(returns))} "
-        f"different returns, {result['steps']:,} steps: {path}"
+        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
     )
     return result
 
@@ -546,13 +556,12 @@ def resolve_game(env_id):
     games = {f"{r.title().replace('_', '')}NoFrameskip-v4": r for r in roms.get_all_rom_ids()}
     canonical = re.sub(r"^(ALE/)?(\w+)-v5$", r"\2NoFrameskip-v4", env_id)
     if canonical not in games:
-        close = difflib.get_close_matches(canonical, games, cutoff=0)
-        sys.exit(f"--env-id {env_id}: no such game; close names are {', '.join(close)}")
+        sys.exit(f"--env-id {env_id}: no such game; ids look like ALE/MsPacman-v5")
     return canonical, games[canonical]
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, set cuDNN's determinism, keep memory, and return the device."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     torch.backends.cudnn.benchmark = not torch_deterministic
@@ -562,7 +571,20 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if processes > 1:
+        torch.distributed.init_process_group()
+    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
+
+
+def gathered(x):
+    """Tensor `x` of each of torchrun's processes, [P, ...], the same in all of them."""
+    if not torch.distributed.is_initialized():
+        return x.unsqueeze(0)
+    every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, x)
+    return torch.stack(every)
 
 
 def progress(**options):
@@ -580,8 +602,6 @@ def open_log(args, run_name=None, global_step=0):
 
         wandb.init(
             project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            group=args.env_id,
             name=run_name,
             id=run_name,
             resume="allow",
@@ -627,8 +647,6 @@ def load_checkpoint(path, env_id, fix):
             sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
         agent = Agent(saved["capacity"], len(saved["model"]["actor.bias"]))
         agent.load_state_dict(saved["model"])
-    except pickle.UnpicklingError:
-        sys.exit(f"{path}: damaged, or a pickled module instead of plain tensors; {fix}")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
         sys.exit(f"{path}: no checkpoint of this project ({error!r:.250}); {fix}")
     return saved, agent
@@ -662,14 +680,7 @@ def restore(saved, phase, args, agent, optimizer):
             print(f"resumed     with --{name.replace('_', '-')} {now}; it was {before}")
 
 
-def resume_command():
-    """The command that goes on with this run."""
-    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-    return shlex.join(["python", *words, "--resume"])
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # for logs that are read while the run lives
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

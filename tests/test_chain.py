@@ -20,7 +20,7 @@ FILES = {
     "actor_distill.py": f"checkpoints/{GAME}/distilled_medium.pt",
     "finetune_student.py": f"checkpoints/{GAME}/finetuned_medium.pt",
 }
-EVALUATION = {"eval/mean", "eval/std", "eval/iqm"}
+EVALUATION = {"eval/mean", "eval/std"}
 LOSSES = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 PPO_METRICS = {
     *EVALUATION,

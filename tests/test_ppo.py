@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_main, tensorboard_scalars
-from torch.utils.tensorboard import SummaryWriter
 
 import finetune_student as finetune
 import ppo_atari_teacher as teacher
@@ -361,9 +360,9 @@ def test_critic_warm_up_is_not_held_back_by_value_clipping(tmp_path, monkeypatch
     envs = finetune.AtariEnvs("pong", 4, True, 0.0)
     agent, optimizer = small_training()
     start = copy.deepcopy(agent.state_dict())
-    writer, device = SummaryWriter(tmp_path), torch.device("cpu")
+    device = torch.device("cpu")
     bar = finetune.progress(total=args.total_timesteps)
-    iterations = finetune.train(args, agent, optimizer, envs, writer, bar, device)
+    iterations = finetune.train(args, agent, optimizer, envs, bar, device)
     for _ in itertools.islice(iterations, 10):
         pass
     changed = {name for name, x in agent.state_dict().items() if not torch.equal(x, start[name])}
@@ -408,6 +407,6 @@ def test_ppo_learns_to_read_the_picture(tmp_path, monkeypatch):
     agent = teacher.Agent("low", 4).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     bar, device = teacher.progress(total=20 * 512), torch.device("cpu")
-    for _ in teacher.train(args, agent, optimizer, Stripes(), SummaryWriter(tmp_path), bar, device):
+    for _ in teacher.train(args, agent, optimizer, Stripes(), bar, device):
         pass
     assert earned[0] < 0.35 and earned[-1] > 0.8, earned
