@@ -83,7 +83,7 @@ def training(kind, capacity, batch_size, buffer, device):
 
 def main(args):
     started = time.time()
-    device = teacher.set_up_torch(1, args.cuda, True)
+    device, *_ = teacher.set_up_torch(1, args.cuda, True)
     with np.load(args.buffer_path) as arrays:
         names = ("frames", "stack_index", "action_probs", "values")
         buffer = [torch.from_numpy(arrays[name]).to(device) for name in names]

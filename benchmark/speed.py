@@ -1,6 +1,7 @@
 """Measure every phase beside its own floor, in one run, and print one table.
 
     python benchmark/speed.py
+    python benchmark/speed.py --processes 2
     python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
 A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
@@ -9,7 +10,9 @@ place, one optimiser step on a batch in place. Machines are noisy, so a phase an
 turns, every few steps, and the ratio to look at is the median over the repeats of one repeat's.
 With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
 torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2 and NumPy 1.26).
-Writes `benchmark/results/speed.{md,json}`.
+Writes `benchmark/results/speed.{md,json}`. With `--processes` it measures instead, in turns, whole
+trainings by that many processes of torchrun with one thread each, and by one process with as many
+threads, and writes `speed-processes.{md,json}`.
 """
 
 import contextlib
@@ -33,6 +36,7 @@ if __name__ == "__main__":  # as in the scripts, before torch is imported
 import numpy as np
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,6 +60,8 @@ class Args:
     """use a GPU where there is one"""
     compile: bool = False
     """compile network and loss; the floors stay as they are"""
+    processes: int = 1
+    """more than 1: compare so many processes with one process of so many threads, on a CPU"""
     cleanrl: str | None = None
     """folder of CleanRL, to measure its `ppo_atari.py` beside the teacher at its own flags"""
     cleanrl_python: str = sys.executable
@@ -387,9 +393,66 @@ def decision(capacity):
     return 1e6 * statistics.median(times[100:]), multiply_adds, parameters
 
 
+def whole_training(processes, threads, script, *flags):
+    """Steps or samples a second that a script logs at its end, its start left out."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [*command, ROOT / script, *flags, "--eval-steps=0", "--no-cuda"],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        run = next(Path(folder, "runs").iterdir())
+        return EventAccumulator(str(run)).Reload().Scalars("charts/SPS")[-1].value
+
+
+def several_processes(args):
+    """Whole trainings by `--processes` and by one process, in turns: a table, two files."""
+    ppo = ["--num-steps=128", "--num-minibatches=8", "--update-epochs=2"]
+    learn = ["--epochs=1", f"--buffer-path={args.buffer_path}", f"--batch-size={args.batch_size}"]
+    phases = {
+        "PPO, high": ("ppo_atari_teacher.py", "--total-timesteps=10_240", *ppo),
+        "PPO, low": ("ppo_atari_teacher.py", "--total-timesteps=20_480", "--capacity=low", *ppo),
+        "distillation, medium": ("actor_distill.py", *learn),
+        "distillation, low": ("actor_distill.py", "--capacity=low", *learn),
+    }
+    measured, table = {name: [] for name in phases}, []
+    for _ in range(args.repeats):
+        for name, command in phases.items():
+            one = whole_training(1, args.processes, *command)
+            measured[name].append((one, whole_training(args.processes, 1, *command)))
+    for name, pairs in measured.items():
+        one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = sorted(b / a for a, b in pairs)
+        table.append((name, one, several, statistics.median(ratios), ratios[0], ratios[-1]))
+    command = " ".join(["python", "benchmark/speed.py", *sys.argv[1:]])
+    machine = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
+    result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine}
+    result |= {"torch": torch.__version__, "flags": vars(args), "rates": measured}
+    lines = [f"`{command}`, {result['date']}, {machine}, torch {torch.__version__}, medians."]
+    n = args.processes
+    lines += [
+        "",
+        f"| training | 1 process, {n} threads | {n} processes, 1 thread | ratio (range) |",
+    ]
+    lines.append("|---|---|---|---|")
+    form = "| {} | {:,.0f} /s | {:,.0f} /s | {:.2f} ({:.2f} to {:.2f}) |"
+    lines += [form.format(*row) for row in table]
+    path = Path(args.results, "speed-processes")
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main(args):
+    if args.processes > 1:
+        return several_processes(args)
     started = time.time()
-    device = teacher.set_up_torch(1, args.cuda, True)
+    device, *_ = teacher.set_up_torch(1, args.cuda, True)
     floors = {
         "env": environment_alone(args.num_envs),
         "forward": forward_alone("high", args.num_envs, device),

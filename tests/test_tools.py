@@ -1,17 +1,24 @@
 """The tools: videos show the games that are played, and exported policies are the policies."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, opinionated_agent, run_main
+from conftest import ENVIRONMENT, ROOT, opinionated_agent, run_main
 
+import actor_distill as distill
 import collect_buffer as collect
-from tools import record_video
+from tools import export_onnx, record_video
 
 PONG = str(ROOT / "pretrained/PongNoFrameskip-v4/ppo_high.pt")
+BUFFER = str(ROOT / "pretrained/PongNoFrameskip-v4/buffer.npz")
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +88,104 @@ def test_what_cannot_be_recorded_is_said_in_one_line(flags, message):
     with pytest.raises(SystemExit, match=message):
         run_main(record_video, record_video.Args(**flags))
     assert not list(Path().iterdir())
+
+
+@pytest.fixture(scope="module")
+def low(tmp_path_factory):
+    """A low student of Pong with opinions: its checkpoint and network."""
+    torch.manual_seed(0)
+    agent = opinionated_agent(collect.Agent, "low", 6)
+    path = str(tmp_path_factory.mktemp("low") / "low.pt")
+    about = {"phase": "distilled", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
+    torch.save({**about, "global_step": 0, "model": agent.state_dict()}, path)
+    return path, agent
+
+
+def observations(count):
+    """The first observations of the shipped buffer, uint8 [count, 4, 84, 84]."""
+    frames, stack_index, *_ = distill.load_buffer(BUFFER, "PongNoFrameskip-v4")
+    return frames[stack_index[:count]]
+
+
+def test_an_exported_policy_is_the_policy(low):
+    path, agent = low
+    flags = {"checkpoint": path, "path": "x.onnx", "buffer_path": BUFFER, "all_outputs": True}
+    run_main(export_onnx, export_onnx.Args(**flags, samples=100))
+    session = onnxruntime.InferenceSession("x.onnx")
+    assert [x.name for x in session.get_outputs()] == ["action_probs", "logits", "value"]
+    obs = observations(37)
+    with torch.inference_mode():
+        logits, values = agent(torch.from_numpy(obs))
+    for batch in (obs, obs[:1]):
+        probs, theirs, value = session.run(None, {"obs": batch})
+        np.testing.assert_allclose(probs, logits[: len(batch)].softmax(-1), atol=1e-5)
+        np.testing.assert_allclose(theirs, logits[: len(batch)], atol=1e-3, rtol=1e-4)
+        np.testing.assert_allclose(value, values[: len(batch)], atol=1e-4, rtol=1e-4)
+    about = {x.key: x.value for x in onnx.load("x.onnx").metadata_props}
+    assert (about["env_id"], about["capacity"]) == ("PongNoFrameskip-v4", "low")
+    assert json.loads(about["action_meanings"])[:2] == ["NOOP", "FIRE"]
+    assert len(about["checkpoint_sha256"]) == 64 and "84x84" in about["preprocessing"]
+
+
+def test_eight_bits_change_little_and_play(low, capsys):
+    path, agent = low
+    flags = {"checkpoint": path, "int8": True, "path": "x.onnx", "eval": True, "eval_steps": 10}
+    run_main(export_onnx, export_onnx.Args(**flags, num_envs=1, samples=100))
+    model = onnx.load("x.onnx")
+    assert any(x.data_type == onnx.TensorProto.INT8 for x in model.graph.initializer)
+    assert Path("x.onnx").stat().st_size < 0.2e6
+    obs = torch.from_numpy(observations(200))
+    session = export_onnx.Session("x.onnx")
+    with torch.inference_mode():
+        ours, theirs = agent(obs)[0], session(obs)[0]
+    assert distill.kl_divergence(ours.softmax(-1), theirs).mean() < 0.05
+    assert "evaluation  mean -2" in capsys.readouterr().out
+    # the evaluation is the project's: these games, by these actions
+    envs = collect.AtariEnvs("pong", 1, False, 0.0)
+    played = [collect.play(session, envs, 10, 1, False, torch.device("cpu")) for _ in range(2)]
+    assert played[0] == played[1]
+
+
+def test_a_network_of_q_values_is_exported_as_such(low):
+    path, agent = low
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "args": {"loss": "mse"}}, "q.pt")
+    flags = {"checkpoint": "q.pt", "buffer_path": BUFFER, "samples": 50}
+    run_main(export_onnx, export_onnx.Args(**flags))
+    session = onnxruntime.InferenceSession("q.onnx")
+    assert [x.name for x in session.get_outputs()] == ["q_values"]
+    obs = observations(5)
+    with torch.inference_mode():
+        expected = agent(torch.from_numpy(obs))[0]
+    found = session.run(None, {"obs": obs})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"checkpoint": "no.pt"}, "no.pt: no teacher"),
+        ({"checkpoint": PONG, "env_id": "Breakout-v5"}, "plays PongNoFrameskip-v4"),
+        ({"checkpoint": PONG, "buffer_path": PONG}, "ppo_high.pt: no buffer of this project"),
+        ({"checkpoint": PONG, "buffer_path": BUFFER, "path": "no/x.onnx"}, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        run_main(export_onnx, export_onnx.Args(**flags, samples=20))
+    assert not list(Path().iterdir())
+
+
+def test_a_missing_library_is_named():
+    code = """
+import importlib.util, runpy
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: name != "onnxruntime" and found(name, *rest) or None
+runpy.run_path("tools/export_onnx.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    expected = "onnxruntime is missing; pip install -r tools/requirements.txt\n"
+    assert (result.returncode, result.stderr) == (1, expected)
