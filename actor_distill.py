@@ -60,7 +60,7 @@ class Args:
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
     torch_deterministic: bool = True
-    """let cuDNN use deterministic kernels only; off, it picks the fastest"""
+    """let cuDNN use deterministic kernels only"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -627,7 +627,6 @@ def set_up_torch(seed, cuda, torch_deterministic):
     """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
-    torch.backends.cudnn.benchmark = not torch_deterministic
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
@@ -670,7 +669,6 @@ def open_log(args, run_name=None, global_step=0):
             resume="allow",
             config=vars(args),
             sync_tensorboard=True,
-            save_code=True,
         )
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
@@ -711,7 +709,7 @@ def load_checkpoint(path, env_id, fix):
         agent = Agent(saved["capacity"], len(saved["model"]["actor.bias"]))
         agent.load_state_dict(saved["model"])
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
-        sys.exit(f"{path}: no checkpoint of this project ({error!r:.250}); {fix}")
+        sys.exit(f"{path}: no checkpoint of this project ({error!r:.100}); {fix}")
     return saved, agent
 
 

@@ -61,7 +61,7 @@ class Args:
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
     torch_deterministic: bool = True
-    """let cuDNN use deterministic kernels only; off, it picks the fastest"""
+    """let cuDNN use deterministic kernels only"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -238,8 +238,10 @@ def main(args):
         return evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
 
     batch_size = args.num_envs * args.num_steps
-    if args.num_envs % processes or batch_size // processes % args.num_minibatches:
-        sys.exit(f"--num-envs must be shared by {processes}, a share's steps by --num-minibatches")
+    if args.num_envs % processes or args.total_timesteps < batch_size:
+        sys.exit(f"{processes} must divide --num-envs, --total-timesteps be {batch_size} or more")
+    if batch_size // processes % args.num_minibatches:
+        sys.exit(f"--num-minibatches must divide {batch_size // processes}, a process's steps")
     if rank == 0:
         claim(args.save_path, args.overwrite or args.resume)
     envs = AtariEnvs(rom, args.num_envs // processes, True, args.repeat_action_probability)
@@ -564,7 +566,6 @@ def set_up_torch(seed, cuda, torch_deterministic):
     """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
-    torch.backends.cudnn.benchmark = not torch_deterministic
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
@@ -607,7 +608,6 @@ def open_log(args, run_name=None, global_step=0):
             resume="allow",
             config=vars(args),
             sync_tensorboard=True,
-            save_code=True,
         )
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
@@ -648,7 +648,7 @@ def load_checkpoint(path, env_id, fix):
         agent = Agent(saved["capacity"], len(saved["model"]["actor.bias"]))
         agent.load_state_dict(saved["model"])
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
-        sys.exit(f"{path}: no checkpoint of this project ({error!r:.250}); {fix}")
+        sys.exit(f"{path}: no checkpoint of this project ({error!r:.100}); {fix}")
     return saved, agent
 
 

@@ -27,16 +27,10 @@ def test_three_ids_name_the_same_game(env_id):
 
 
 @pytest.mark.parametrize(
-    "env_id, meant",
-    [
-        ("ms_pacman", "MsPacman"),
-        ("ALE/Brekout-v5", "Breakout"),
-        ("PongNoFrameskip-v0", "Pong"),
-        ("Pong", "Pong"),
-    ],
+    "env_id", ["ms_pacman", "ALE/Brekout-v5", "PongNoFrameskip-v0", "Pong", "CartPole-v1"]
 )
-def test_other_ids_are_refused_with_close_names(env_id, meant):
-    with pytest.raises(SystemExit, match=f"{env_id}: .*{meant}NoFrameskip-v4"):
+def test_other_ids_are_refused(env_id):
+    with pytest.raises(SystemExit, match=f"{env_id}: no such game; ids look like ALE/MsPacman-v5"):
         teacher.resolve_game(env_id)
 
 

@@ -159,8 +159,12 @@ def test_one_process_goes_on_where_two_were_ended():
 @pytest.mark.parametrize(
     "module, flags, message",
     [
-        (teacher, {"num_envs": 3}, "--num-envs must be shared by 2"),
-        (teacher, {"num_envs": 2, "num_minibatches": 3}, "a share's steps by --num-minibatches"),
+        (teacher, {"num_envs": 3}, "2 must divide --num-envs"),
+        (
+            teacher,
+            {"num_envs": 2, "num_minibatches": 3, "num_steps": 128},
+            "--num-minibatches must divide 128, a process's steps",
+        ),
         (distill, {"batch_size": 63}, "--batch-size 63 must be a multiple of the 2"),
     ],
 )
