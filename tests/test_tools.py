@@ -1,6 +1,7 @@
 """The tools: videos show the games that are played, and exported policies are the policies."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,19 @@ def test_eight_bits_change_little_and_play(low, capsys):
     envs = collect.AtariEnvs("pong", 1, False, 0.0)
     played = [collect.play(session, envs, 10, 1, False, torch.device("cpu")) for _ in range(2)]
     assert played[0] == played[1]
+
+
+def test_the_example_of_the_docs_plays_without_torch(low):
+    path, _ = low
+    flags = {"checkpoint": path, "int8": True, "path": "distilled_low.int8.onnx"}
+    run_main(export_onnx, export_onnx.Args(**flags, buffer_path=BUFFER, samples=50))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    code += "\nimport sys\nassert not {'torch', 'collect_buffer'} & set(sys.modules)\n"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
+    game, mean, *scores = re.findall(r"[^\s,\[\]]+", result.stdout)
+    assert game == "PongNoFrameskip-v4" and len(scores) >= 8
+    assert -21 <= float(mean) == pytest.approx(np.mean([float(x) for x in scores]))
 
 
 def test_a_network_of_q_values_is_exported_as_such(low):
