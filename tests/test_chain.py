@@ -1,7 +1,6 @@
 """The four scripts as a user runs them: chained by default paths, tracked, evaluated, compiled."""
 
 import importlib
-import inspect
 import json
 import math
 import re
@@ -283,38 +282,26 @@ def test_every_update_is_compiled_with_the_flag_only(chain, script, tmp_path, mo
     assert compiled == [loss] * len(updates) and updates
 
 
-def test_the_documented_python_runs(chain, monkeypatch):
-    """To the letter: a buffer read by NumPy, and functions of a script taken elsewhere."""
+@pytest.mark.parametrize("page", ["docs/adapt.md", "docs/files.md", "README.md"])
+def test_the_documented_python_runs(page, chain, monkeypatch):
+    """To the letter: a buffer read by NumPy, and functions of the scripts taken elsewhere."""
     monkeypatch.chdir(chain[0])
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text() for page in pages)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    blocks = [block for block in blocks if "onnxruntime" not in block]  # that one is a tool's
-    reading = [block for block in blocks if "np.load(" in block]
-    (taking,) = [block for block in blocks if block not in reading]
-    assert reading
-    for block in reading:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks or page == "README.md"
+    for block in blocks:
         found = {"np": np}
         exec(block, found)  # noqa: S102
-        assert found["observations"].shape == (256, 4, 84, 84)
-        np.testing.assert_allclose(found["targets"][:256].sum(1), 1, atol=1e-5)
-
-    taken = {"torch": torch}  # the functions that it names, and nothing else of the script
-    for name in ("kl_divergence", "batch_loss", "distill_update"):
-        assert f"`{name}`" in text
-        exec(inspect.getsource(getattr(actor_distill, name)), taken)  # noqa: S102
-
-    class Student(torch.nn.Linear):
-        def forward(self, obs):
-            outputs = super().forward(obs)
-            return outputs[:, :3], outputs[:, 3]
-
-    obs, targets = torch.rand(8, 3), torch.rand(8, 3).softmax(-1)
-    student = Student(3, 4)
-    before = actor_distill.kl_divergence(targets, student(obs)[0]).sum().item()
-    taken |= {"student": student, "batches": 50 * [(obs, targets, obs[:, 0])]}
-    exec(taking, taken)  # noqa: S102
-    assert 0 < taken["kl_sum"] < 0.7 * before
+        if "observations" in found:
+            assert found["observations"].shape == (256, 4, 84, 84)
+            np.testing.assert_allclose(found["targets"][:256].sum(1), 1, atol=1e-5)
+        if "kl_sum" in found:
+            uniform = found["teacher_probs"].new_zeros(64, 3)
+            start = actor_distill.kl_divergence(found["teacher_probs"], uniform).sum()
+            assert 0 < found["kl_sum"] < start
+        if "arrays" in found:
+            assert len(found["arrays"]["actions"]) == 100
+        if "returns" in found and "score" in found:
+            assert len(found["returns"]) >= 2 and found["score"] == np.mean(found["returns"])
 
 
 def test_every_link_of_readme_and_docs_leads_somewhere():
