@@ -95,11 +95,11 @@ class Args:
     # Algorithm
     epochs: PositiveInt = 10
     """passes over the buffer; the paper uses 10 to 400"""
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = 64
     """samples a gradient step, one of each of as many stretches of the buffer"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
-    learning_rate: PositiveFloat = 8e-3
+    learning_rate: PositiveFloat = 2e-3
     """learning rate at its highest; 0.03 suits SGD"""
     anneal_lr: bool = True
     """let the rate rise over the first 2% of the training, and then fall linearly to 0"""

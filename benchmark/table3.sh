@@ -15,6 +15,8 @@ results=benchmark/results/$game/table3 checkpoints=checkpoints/$game
 teacher=$checkpoints/ppo_high.pt buffer=buffers/$game.npz
 [ -e "$teacher" ] || teacher=pretrained/$game/ppo_high.pt
 [ -e "$buffer" ] || buffer=pretrained/$game/buffer.npz
+# the paper's SGD at a constant rate
+sgd="--optimizer sgd --learning-rate 0.03 --batch-size 32 --no-anneal-lr"
 # smaller rollouts and fewer passes than the paper's, as the shipped teacher was trained
 ppo="--num-steps 128 --num-minibatches 8 --checkpoint-interval 50_000 --resume"
 direct="$ppo --update-epochs 4 --learning-rate 5e-4 --clip-coef 0.2 --total-timesteps $budget"
@@ -46,7 +48,7 @@ distil() {  # ad or value, capacity, seed, epochs, how many of them another stud
         [ -e "$save_path" ] || cp "$checkpoints/$from.pt" "$save_path"
     fi
     run "$name" "$experiment" "$after" actor_distill.py --buffer-path "$buffer" --capacity "$capacity" \
-        --epochs "$epochs" --seed "$seed" --save-path "$save_path" --resume "$@"
+        --epochs "$epochs" --seed "$seed" --save-path "$save_path" --resume $sgd "$@"
 }
 
 finetune() {  # name, capacity, seed, the student's name, further flags
@@ -56,7 +58,7 @@ finetune() {  # name, capacity, seed, the student's name, further flags
     # a student whose evaluation is at hand but whose weights are not is the same when made again
     [ -e "$checkpoints/$student.pt" ] || python actor_distill.py --env-id "$game" --seed "$seed" \
         --buffer-path "$buffer" --capacity "$capacity" --epochs 10 --eval-steps 0 \
-        --save-path "$checkpoints/$student.pt" $([[ $student =~ value ]] && echo --value-coef 0.5)
+        --save-path "$checkpoints/$student.pt" $sgd $([[ $student =~ value ]] && echo --value-coef 0.5)
     run "$name" "$name" "$student" finetune_student.py --student-path "$checkpoints/$student.pt" \
         --seed "$seed" --save-path "$checkpoints/$name.pt" $tuned "$@"
 }
