@@ -1,13 +1,12 @@
 """Phase 3 of actor distillation: fit a fresh student to the teacher's replay buffer, offline.
 
     python actor_distill.py --capacity medium --epochs 400
-    python actor_distill.py --env-id BreakoutNoFrameskip-v4 --capacity low
     python actor_distill.py --buffer-path buffers/dqn.npz --loss mse
 
-The student minimises Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal
-Policy Optimization": KL(teacher || student) over the actions, averaged over the batch. A held-out
-share of the buffer tells when more epochs stop paying. From a buffer of Q-values it learns by one
-of the three losses of DQN distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
+The student minimises KL(student || teacher) over the actions, averaged over the batch; by `--loss kl`
+Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal Policy Optimization",
+KL(teacher || student). From a buffer of Q-values it learns by one of the three losses of DQN
+distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
 
 One sample is one step of the buffer. `global_step` counts the samples seen.
 """
@@ -103,11 +102,11 @@ class Args:
     """learning rate at its highest; 0.03 suits SGD"""
     anneal_lr: bool = True
     """let the rate rise over the first 2% of the training, and then fall linearly to 0"""
-    loss: Literal["kl", "mse", "nll"] = "kl"
-    """what the student minimises: KL divergence from the teacher's softmax, squared error of its
-    Q-values, or negative log-likelihood of the teacher's best action (Rusu et al. 2015)"""
+    loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
+    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the negative
+    log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
     temperature: PositiveFloat | None = None
-    """divides log-probabilities or Q-values for the KL (Eq. 2); default 1, as in Eq. 3, or 0.01"""
+    """divides log-probabilities or Q-values for a KL (Eq. 2); default 1, as in Eq. 3, or 0.01"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
     validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
@@ -168,6 +167,13 @@ def kl_divergence(target_probs, logits):
     return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
 
 
+def reverse_kl(target_probs, logits):
+    """KL(student || teacher) = sum_a q_a log(q_a / p_a), in nats, float32 [B]: shuns what the teacher
+    never does, where Eq. 3 covers all that it does. p counts as 1e-8 or more."""
+    logprobs = logits.log_softmax(-1)
+    return (logprobs.exp() * (logprobs - target_probs.clamp(min=1e-8).log())).sum(-1)
+
+
 def squared_error(target_q, q_values):
     """|| Q_teacher - Q_student ||^2 over the actions, Rusu et al. 2015: [B, A] twice to [B]."""
     return (target_q - q_values).square().sum(-1)
@@ -176,8 +182,8 @@ def squared_error(target_q, q_values):
 def make_targets(outputs, q_values, loss, temperature):
     """What the student is fitted to, from the teacher's Q-values or probabilities float32 [N, A].
 
-    "kl": softmax(Q / temperature) or softmax(log(p) / temperature), Eq. 2; "nll": 1 for the best
-    action, 0 for the others; "mse": the Q-values.
+    For a KL softmax(Q / temperature) or softmax(log(p) / temperature), Eq. 2; for "nll" 1 for the
+    best action, 0 for the others; for "mse" the Q-values.
     """
     if loss == "mse":
         return outputs
@@ -189,11 +195,10 @@ def make_targets(outputs, q_values, loss, temperature):
 
 
 def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_divergence):
-    """The student's loss on observations uint8 [B, 4, 84, 84].
+    """The student's loss on observations uint8 [B, 4, 84, 84], and the batch's sums, float32 [2].
 
     `targets` float32 [B, A] and `target_values` [B] are the teacher's; `value_coef` weighs
-    0.5 (V - V_teacher)^2, and at 0 the critic is not touched; `divergence` maps targets and logits
-    to float32 [B]. Returns a scalar to minimise, and the batch's sums of both, float32 [2].
+    0.5 (V - V_teacher)^2, the second sum; `divergence` maps targets and logits to float32 [B].
     """
     logits, values = agent(obs)
     assert values.shape == target_values.shape, "values of shape [B, 1] would broadcast"
@@ -206,9 +211,9 @@ def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_div
 
 
 def distill_update(agent, optimizer, loss_function, *batch):
-    """One optimiser step by `batch_loss`, which takes `batch` after the student: its two sums.
+    """One optimiser step by `batch_loss`, compiled or not, which takes `batch` after the student.
 
-    `loss_function` is `batch_loss`, compiled or not. No value leaves the device.
+    Returns its two sums; no value leaves the device.
     """
     optimizer.zero_grad()
     loss, sums = loss_function(agent, *batch)
@@ -218,7 +223,7 @@ def distill_update(agent, optimizer, loss_function, *batch):
 
 
 @torch.inference_mode()
-def validate(agent, get_batch, rows, loss="kl"):
+def validate(agent, get_batch, rows, loss="kl", divergence=kl_divergence):
     """Compare student and teacher on samples, rows int64 [M] of `get_batch`: means by name.
 
     `validation/{loss}`, in nats unless squared; `validation/agreement`, the share in which both
@@ -226,7 +231,6 @@ def validate(agent, get_batch, rows, loss="kl"):
     `validation/entropy_gap`, the student's entropy less the targets'.
     """
     sums = 0
-    distance = squared_error if loss == "mse" else kl_divergence
     for batch in rows.split(1024):
         obs, targets, target_values = get_batch(batch)
         logits, values = agent(obs)
@@ -234,7 +238,7 @@ def validate(agent, get_batch, rows, loss="kl"):
         agrees = logits.argmax(-1) == targets.argmax(-1)
         value_error = 0.5 * (values - target_values).square()
         entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
-        figures = (distance(targets, logits), agrees, value_error, entropy_gap)
+        figures = (divergence(targets, logits), agrees, value_error, entropy_gap)
         sums = sums + torch.stack([figure.sum() for figure in figures])
     names = (loss, "agreement", "value_loss", "entropy_gap")
     means = (sums / len(rows)).tolist()
@@ -254,6 +258,7 @@ def main(args):
         claim(args.save_path, args.overwrite or args.resume)
     *buffer, episode_index, meta = load_buffer(args.buffer_path, args.env_id)
     q_values = meta.get("targets") == "q_values"
+    args.loss = args.loss or ("kl" if q_values else "reverse_kl")
     if args.loss == "mse" and not q_values:
         sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
     args.temperature = args.temperature or (0.01 if q_values else 1.0)
@@ -274,7 +279,6 @@ def main(args):
 
     def get_batch(rows):
         """Observations uint8 [B, 4, 84, 84], targets and target values of samples."""
-        # with the channels last, as the network wants them: cheaper here than by rearranging
         newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
         return torch.stack(newest_last, -1).permute(0, 3, 1, 2), targets[rows], values[rows]
 
@@ -346,8 +350,7 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
             torchrun's `processes`, this one has share `rank` of the strata.
         held_out: rows int64 [M], a tensor; `best`: number and loss on them of the best epoch so far.
 
-    Yields:
-        After each epoch its number, the best one's, and two dicts to log, the last of `validate`.
+    Yields after each epoch its number, the best one's, and two dicts to log, one by `validate`.
     """
     learner, loss_function, start, start_time = agent, batch_loss, bar.n, time.time()
     agent.critic.requires_grad_(args.value_coef != 0)
@@ -355,7 +358,8 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
         learner = nn.parallel.DistributedDataParallel(agent)
     if args.compile:
         loss_function = torch.compile(batch_loss, mode="reduce-overhead", dynamic=False)
-    divergence = squared_error if args.loss == "mse" else kl_divergence
+    divergences = {"reverse_kl": reverse_kl, "mse": squared_error}
+    divergence = divergences.get(args.loss, kl_divergence)
     samples = processes * strata.size
     best_epoch, best_loss = best
     columns = np.tile(np.arange(strata.shape[1]), (processes * len(strata), 1))
@@ -379,7 +383,7 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = (epoch * samples - start) / (time.time() - start_time)
         metrics["charts/epoch"] = epoch
-        validation = validate(agent, get_batch, held_out, args.loss)
+        validation = validate(agent, get_batch, held_out, args.loss, divergence)
         held_out_loss = gathered(sums.new_tensor(validation[f"validation/{args.loss}"]))[0]
         if not args.early_stop_patience or held_out_loss < best_loss:
             best_epoch, best_loss = epoch, held_out_loss
@@ -387,10 +391,8 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
 
 
 def load_buffer(path, env_id):
-    """Read a buffer of `collect_buffer.py`; runs no code in it, exits where it cannot be used.
-
-    Returns frames, stack_index, action_probs or q_values, values, episode_index, and `meta`.
-    """
+    """Read a buffer, or exit: frames, stack_index, action_probs or q_values, values, episode_index
+    and `meta`, as in docs/files.md. Runs no code in it."""
     fix = f"make one with `python collect_buffer.py --env-id {env_id}`"
     try:
         with np.load(path) as file:

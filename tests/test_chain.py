@@ -28,14 +28,14 @@ PPO_METRICS = {
     "charts/learning_rate",
     "charts/SPS",
 }
-VALIDATION = ("kl", "agreement", "entropy_gap", "value_loss")
+VALIDATION = ("reverse_kl", "agreement", "entropy_gap", "value_loss")
 METRICS = {
     "ppo_atari_teacher.py": PPO_METRICS,
     "collect_buffer.py": {"charts/episodic_return"},
     "actor_distill.py": {
         *EVALUATION,
         *(f"validation/{name}" for name in VALIDATION),
-        "losses/kl",
+        "losses/reverse_kl",
         "losses/value_loss",
         "charts/epoch",
         "charts/learning_rate",

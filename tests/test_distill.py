@@ -75,6 +75,40 @@ def test_sharpening_large_q_values_is_stable(scale):
     )
 
 
+def test_the_reverse_kl_is_that_of_torch_with_teacher_and_student_exchanged():
+    targets = torch.tensor([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+    logits = torch.tensor([[0.3, 2.0, -1.0], [5.0, -9.0, 1.0], [0.2, 0.3, 0.5]]).log_softmax(-1)
+    floor = targets.clamp(min=1e-8).log()
+    expected = torch.nn.functional.kl_div(floor, logits, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(distill.reverse_kl(targets, logits), expected)
+    same = distill.reverse_kl(targets[:1], targets[:1].log())
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    # a chance of 1% for what the teacher never does costs more than by Eq. 3
+    certain, careless = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.99, 0.01]]).log()
+    assert distill.reverse_kl(certain, careless) > 10 * distill.kl_divergence(certain, careless)
+
+
+def test_by_default_a_policy_is_learned_by_the_reverse_kl(small_buffer, tmp_path, monkeypatch):
+    path, buffer = small_buffer
+    flags = {"loss": None, "epochs": 4, "batch_size": 32, "learning_rate": 1e-3}
+    student = distilled(path, tmp_path, monkeypatch, **flags)
+    assert student["args"]["loss"] == "reverse_kl"
+    _, _, unseen = held_out_rows(buffer)
+    p = buffer["action_probs"][unseen].astype(np.float64)
+    agent = distill.Agent("low", 6)
+
+    def distance(model):
+        agent.load_state_dict(model)
+        logits, _ = outputs_of(agent, buffer["frames"][buffer["stack_index"][unseen]])
+        q = torch.from_numpy(logits).double().softmax(-1).numpy()
+        return (q * np.log(q / p)).sum(1).mean()
+
+    found = student["validation"]["validation/reverse_kl"]
+    assert found == pytest.approx(distance(student["model"]), rel=1e-3)
+    torch.manual_seed(1)
+    assert found < distance(distill.Agent("low", 6).state_dict()) / 2
+
+
 def test_the_other_losses_of_rusu_et_al():
     outputs, logits = torch.tensor([[0.2, 0.7, 0.1], [3.0, -1.0, 2.0]]), torch.randn(2, 3)
     nll = distill.kl_divergence(distill.make_targets(outputs, True, "nll", None), logits)
@@ -226,7 +260,8 @@ def distilled(path, folder, monkeypatch, **flags):
     """Distil into `student.pt` of a folder, without an evaluation."""
     monkeypatch.chdir(folder)
     args = {"buffer_path": path, "save_path": "student.pt", "capacity": "low", "eval_steps": 0}
-    run_main(distill, distill.Args(**args, validation_fraction=0.1, **flags))
+    args |= {"validation_fraction": 0.1, "loss": "kl"}
+    run_main(distill, distill.Args(**(args | flags)))
     return torch.load(folder / "student.pt", weights_only=True)
 
 

@@ -254,7 +254,11 @@ def test_a_stop_in_the_evaluation_keeps_the_training(monkeypatch):
 def test_distillation_stopped_in_every_epoch_and_resumed_is_bit_identical(flags, monkeypatch):
     """Stopped in the middle of an epoch, it goes on from the end of the one before."""
     args = {**flags, "buffer_path": "buffer.npz", "capacity": "low", "eval_steps": 0, "epochs": 5}
-    args |= {"batch_size": 32, "learning_rate": 1e-3 if flags["optimizer"] == "adam" else 0.01}
+    args |= {
+        "loss": "kl",
+        "batch_size": 32,
+        "learning_rate": 1e-3 if flags["optimizer"] == "adam" else 0.01,
+    }
     run_main(distill, distill.Args(**args, save_path="whole.pt", exp_name="whole"))
     plain, calls, stops = distill.distill_update, [], []
 

@@ -141,10 +141,6 @@ def test_eight_bits_change_little_and_play(low, capsys):
         ours, theirs = agent(obs)[0], session(obs)[0]
     assert distill.kl_divergence(ours.softmax(-1), theirs).mean() < 0.05
     assert "evaluation  mean -2" in capsys.readouterr().out
-    # the evaluation is the project's: these games, by these actions
-    envs = collect.AtariEnvs("pong", 1, False, 0.0)
-    played = [collect.play(session, envs, 10, 1, False, torch.device("cpu")) for _ in range(2)]
-    assert played[0] == played[1]
 
 
 def test_the_example_of_the_docs_plays_without_torch(low):
