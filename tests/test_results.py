@@ -69,3 +69,16 @@ def test_the_losses_table_equals_its_json():
     assert len(rows) == len(results["students"]) == 10
     for row, student in zip(rows, results["students"]):
         assert f"{student['evaluation']['mean']:.2f} ± " in row and student["flags"] in row
+
+
+def test_the_table_of_defaults_equals_its_json_and_settings_are_read():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import distill_defaults
+
+    folder = RESULTS / "defaults"
+    assert distill_defaults.table(folder) == (folder / "table.md").read_text()
+    setting = distill_defaults.parse("batch_size=256,learning_rate=8e-3,reverse=1,schedule=cosine")
+    assert (setting.batch_size, setting.learning_rate, setting.reverse) == (256, 8e-3, True)
+    shares = [distill_defaults.share_of_rate(setting, used, 10**6) for used in (0, 0.5, 1)]
+    np.testing.assert_allclose(shares, [1, 0.5, 0], atol=1e-12)
+    assert distill_defaults.share_of_rate(setting, 0.0, 29) == 0.1
