@@ -6,9 +6,7 @@
 The student minimises KL(student || teacher) over the actions, averaged over the batch; by `--loss kl`
 Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal Policy Optimization",
 KL(teacher || student). From a buffer of Q-values it learns by one of the three losses of DQN
-distillation, Rusu et al. 2015 (arXiv:1511.06295), by default Eq. 2.
-
-One sample is one step of the buffer. `global_step` counts the samples seen.
+distillation, Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
 """
 
 import copy
@@ -332,6 +330,8 @@ def main(args):
     except KeyboardInterrupt:
         bar.close()
         epochs = checkpoint.get("last_epoch", 0)
+        if epochs:  # the signal may have come while it was being saved
+            save_checkpoint(args.save_path, checkpoint)
         sys.exit(f"\nstopped after {epochs} epochs; pass --resume to go on")
     print(f"wrote       {args.save_path}")
     if args.loss != "mse":  # which gives PPO no policy to start from

@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -395,8 +396,10 @@ def load_teacher(path, env_id, num_actions):
         widths = tuple(len(weights[f"{layer}.bias"]) for layer in network)
         agent = Agent(widths, num_actions)
         agent.load_state_dict(weights, strict="DQN" not in kinds[0])  # those have no critic
+    except pickle.UnpicklingError:
+        sys.exit(f"{path}: damaged, or a pickled module instead of plain tensors; {fix}")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
-        sys.exit(f"{path}: no teacher of {env_id} ({error!r:.100}); {fix}")
+        sys.exit(f"{path}: no teacher of {env_id} ({error!r:.250}); {fix}")
     teacher = {
         "checkpoint": path,
         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
