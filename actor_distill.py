@@ -291,7 +291,7 @@ def main(args):
     criterion, best = f"validation/{args.loss}", (0, math.inf)
     if checkpoint:
         restore(checkpoint, "distilled", args, agent, optimizer)
-        best = (checkpoint["epoch"], checkpoint["validation"][criterion])
+        best = (checkpoint["epoch"], checkpoint["validation"].get(criterion, math.inf))
     start = total // args.epochs * checkpoint.get("last_epoch", 0)
     bar = progress(initial=start, total=total, unit="sample", disable=rank > 0)
     data = (get_batch, strata, torch.from_numpy(held_out).to(device))
@@ -303,8 +303,8 @@ def main(args):
     about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
     about |= {"args": vars(args), "teacher": meta["teacher"]}
-    lr = scheduled(args, start / total)
-    print(f"run         {writer.log_dir} on {device}, sample {start:,}, learning rate {lr:.3g}")
+    lr = f"{scheduled(args, start / total):.3g} of {args.learning_rate:g}"
+    print(f"run         {writer.log_dir} on {device}, sample {start:,}, learning rate {lr}")
 
     try:
         for epoch, best_epoch, metrics, validation in epochs:

@@ -367,6 +367,16 @@ def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(
     assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_a_resume_may_go_on_with_another_loss(small_buffer, tmp_path, monkeypatch, capsys):
+    path, _ = small_buffer
+    distilled(path, tmp_path, monkeypatch, epochs=1)
+    (tmp_path / "student.pt.lock").unlink()
+    flags = {"epochs": 2, "loss": "reverse_kl", "resume": True, "early_stop_patience": 1}
+    student = distilled(path, tmp_path, monkeypatch, **flags)
+    assert student["epoch"] == 2 and "validation/reverse_kl" in student["validation"]
+    assert "with --loss reverse_kl; it was kl" in capsys.readouterr().out
+
+
 def test_share_of_teacher():
     def result(mean, greedy=False):
         return {"mean": mean, "greedy": greedy, "repeat_action_probability": 0.0}
