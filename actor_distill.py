@@ -1,12 +1,11 @@
 """Phase 3 of actor distillation: fit a fresh student to the teacher's replay buffer, offline.
 
     python actor_distill.py --capacity medium --epochs 400
-    python actor_distill.py --buffer-path buffers/dqn.npz --loss mse
 
-The student minimises KL(student || teacher) over the actions, averaged over the batch; by `--loss kl`
-Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for Proximal Policy Optimization",
-KL(teacher || student). From a buffer of Q-values it learns by one of the three losses of DQN
-distillation, Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
+The student minimises KL(student || teacher) over the actions, averaged over the batch, or by `--loss
+kl` KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for
+Proximal Policy Optimization". From a buffer of Q-values it learns by one of the three losses of
+DQN distillation, Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
 """
 
 import copy
@@ -572,7 +571,6 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
     device = next(agent.parameters()).device
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
-    envs.close()
     flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
     result = {
         **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
@@ -586,6 +584,14 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     for key in ("mean", "std"):
         writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
     writer.flush()
+    if args.track:
+        import wandb
+
+        about = {**vars(args), "teacher": checkpoint.get("teacher")}
+        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=about)
+        for file in (checkpoint["checkpoint"], path):
+            artifact.add_file(file)
+        wandb.log_artifact(artifact)
     print(
         f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
         f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
@@ -664,14 +670,8 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            name=run_name,
-            id=run_name,
-            resume="allow",
-            config=vars(args),
-            sync_tensorboard=True,
-        )
+        names = {"project": args.wandb_project_name, "name": run_name, "id": run_name}
+        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)

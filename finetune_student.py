@@ -557,7 +557,6 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
     device = next(agent.parameters()).device
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
-    envs.close()
     flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
     result = {
         **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
@@ -571,6 +570,14 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     for key in ("mean", "std"):
         writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
     writer.flush()
+    if args.track:
+        import wandb
+
+        about = {**vars(args), "teacher": checkpoint.get("teacher")}
+        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=about)
+        for file in (checkpoint["checkpoint"], path):
+            artifact.add_file(file)
+        wandb.log_artifact(artifact)
     print(
         f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
         f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
@@ -639,14 +646,8 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            name=run_name,
-            id=run_name,
-            resume="allow",
-            config=vars(args),
-            sync_tensorboard=True,
-        )
+        names = {"project": args.wandb_project_name, "name": run_name, "id": run_name}
+        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)

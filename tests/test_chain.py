@@ -102,6 +102,14 @@ def test_wandb_offline_mirrors_the_run(chain, script):
     path = "buffer_path" if script == "collect_buffer.py" else "save_path"
     for flag, value in ((path, FILES[script]), ("env_id", GAME)):
         assert re.search(rb'%b[^"]{1,4}"%b"' % (flag.encode(), value.encode()), content), flag
+    if script != "collect_buffer.py":  # the artifact, and what it was made from
+        assert name + b"-eval" in content and b"eval.json" in content
+        *_, about = re.findall(rb'{"exp_name":.*"teacher":.*}', content)
+        about, _ = json.JSONDecoder().raw_decode(about.decode(errors="ignore"))
+        assert about["save_path"] == FILES[script]
+        if script != "ppo_atari_teacher.py":
+            sha256 = checkpoint_of(chain, script)["teacher"]["sha256"]
+            assert about["teacher"]["sha256"] == sha256 and len(sha256) == 64
 
 
 @pytest.mark.parametrize(
