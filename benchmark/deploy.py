@@ -45,6 +45,8 @@ class Args:
     """single decisions to time; 0 keeps the times that the file has"""
     eval_steps: int = 100_000
     """budget of each evaluation; 0 keeps the scores that the file has"""
+    play: tuple[str, ...] = FORMS
+    """which forms to evaluate; the scores of the others are those that the file has"""
     seed: int = 1
     """seed of the games and the actions"""
     results: str = str(ROOT / "benchmark" / "results" / "deploy")
@@ -132,7 +134,7 @@ def measure(args, before):
             row["multiply_adds"] = multiply_adds(agent)
             row["kl_own"], row["same_own"] = compare(policy, obs, agent)
             row["kl_teacher"], row["same_teacher"] = compare(policy, obs, teacher)
-            if args.eval_steps:
+            if args.eval_steps and name in args.play:
                 envs = collect.AtariEnvs(rom, 16, False, 0.0)
                 device = torch.device("cpu")
                 returns, _ = collect.play(policy, envs, args.eval_steps, args.seed, False, device)

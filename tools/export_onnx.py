@@ -124,7 +124,11 @@ def quantise(path, quantised, obs):
 
     prepared = f"{path}.prepared"
     quantization.shape_inference.quant_pre_process(path, prepared)
-    options = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
+    # weights without a sign too: signed ones overflow on processors without VNNI; the softmax stays
+    # as it is, or rare actions would have probability 0
+    eight_bits = quantization.QuantType.QUInt8
+    options = {"weight_type": eight_bits, "activation_type": eight_bits, "per_channel": True}
+    options["op_types_to_quantize"] = ["Conv", "Gemm", "Relu"]
     quantization.quantize_static(prepared, quantised, Reader(), **options)
 
 
