@@ -1,4 +1,4 @@
-"""Copy a checkpoint without what only a resume needs, for shipping.
+"""Copy a checkpoint for shipping: without what only a resume needs, its weights in float16.
 
     python benchmark/strip_checkpoint.py checkpoints/PongNoFrameskip-v4/ppo_high.pt \\
         pretrained/PongNoFrameskip-v4/ppo_high.pt
@@ -14,6 +14,6 @@ if __name__ == "__main__":
     checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     for name in ("optimizer", "rng", "last_model"):
         checkpoint.pop(name, None)
-    checkpoint["model"] = {name: x.contiguous() for name, x in checkpoint["model"].items()}
+    checkpoint["model"] = {name: x.half().contiguous() for name, x in checkpoint["model"].items()}
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, target)

@@ -82,3 +82,31 @@ def test_the_table_of_defaults_equals_its_json_and_settings_are_read():
     shares = [distill_defaults.share_of_rate(setting, used, 10**6) for used in (0, 0.5, 1)]
     np.testing.assert_allclose(shares, [1, 0.5, 0], atol=1e-12)
     assert distill_defaults.share_of_rate(setting, 0.0, 29) == 0.1
+
+
+def test_the_table_of_deployed_files_equals_their_json_and_the_documentation():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import deploy
+
+    folder = RESULTS / "deploy"
+    games = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    table = deploy.table(games)
+    assert len(games) >= 3 and table == (folder / "table.md").read_text()
+    assert table.strip() in (ROOT / "docs" / "deploy.md").read_text()
+
+
+def test_the_table_of_students_equals_its_files_and_the_documentation():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import students
+
+    folder = RESULTS / "students"
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    table = students.table(found)
+    assert found and table == (folder / "table.md").read_text()
+    assert table.strip() in (ROOT / "docs" / "results.md").read_text()
+    one = {"mean": 90.0, "std": 10.0, "episodes": 100}
+    ratio, low, high = students.share(one, {"mean": 100.0, "std": 10.0, "episodes": 100})
+    rng = np.random.default_rng(0)
+    draws = rng.normal(90, 1, 10**5) / rng.normal(100, 1, 10**5)
+    assert ratio == pytest.approx(0.9)
+    np.testing.assert_allclose((low, high), np.percentile(draws, (2.5, 97.5)), atol=1e-3)
