@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import export_onnx
 
 import collect_buffer as collect
-from actor_distill import kl_divergence
+from actor_distill import reverse_kl
 
 CAPACITIES = ("high", "medium", "low")
 FORMS = ("PyTorch", "ONNX", "ONNX, 8 bits")
@@ -105,9 +105,9 @@ def times(policies, obs, decisions):
 
 @torch.inference_mode()
 def compare(policy, obs, reference):
-    """KL(reference || policy) in nats and share of equal best actions on observations."""
+    """KL(policy || reference) in nats and share of equal best actions on observations."""
     theirs, ours = reference(obs)[0], policy(obs)[0]
-    kl = kl_divergence(theirs.softmax(-1), ours).mean().item()
+    kl = reverse_kl(theirs.softmax(-1), ours).mean().item()
     return kl, (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item()
 
 
@@ -157,7 +157,7 @@ def table(games):
         lines += [f"### {env_id}", "", f"`{game['command']}`, {game['machine']}.", ""]
         columns = (
             "network | form | MB | parameters | multiply-adds | µs a decision (99th percentile) | "
-            "decisions/s by 16 | KL to its float network | KL to the teacher | score (95% interval)"
+            "decisions/s by 16 | KL(it ‖ its float network) | KL(it ‖ teacher) | score (95% interval)"
         )
         lines += [f"| {columns} |", "|" + "---|" * 10]
         for capacity, rows in game["networks"].items():
@@ -172,8 +172,8 @@ def table(games):
                     f"{row['multiply_adds']:,}",
                     f"{row['us']:.0f} ({row['us_99']:.0f})",
                     f"{row['batch_rate']:,.0f}",
-                    f"{row['kl_own']:.4f}",
-                    f"{row['kl_teacher']:.4f}",
+                    f"{abs(row['kl_own']):.4f}",
+                    f"{abs(row['kl_teacher']):.4f}",
                     f"{score['mean']:,.2f} ({low:,.2f} to {high:,.2f})",
                 )
                 lines.append(f"| {' | '.join(cells)} |")
@@ -190,7 +190,7 @@ def picture(games, path):
     )
     for (env_id, game), row in zip(games.items(), panels, strict=True):
         top = game["networks"]["high"]["PyTorch"]["score"]["mean"]
-        for axes, key, label in zip(row, ("us", "bytes"), ("µs a decision", "bytes"), strict=True):
+        for axes, key, label in zip(row, ("us", "bytes"), ("µs a decision", "MB"), strict=True):
             for capacity, networks in game["networks"].items():
                 for form, found in networks.items():
                     mean, (low, high) = found["score"]["mean"], found["score"]["ci95"]
@@ -205,6 +205,10 @@ def picture(games, path):
                         capsize=2,
                     )
             axes.set(xscale="log", xlabel=label, title=env_id.removesuffix("NoFrameskip-v4"))
+            axes.minorticks_off()
+            unit = 1e6 if key == "bytes" else 1
+            ticks = (0.1, 0.2, 0.5, 1, 2, 5) if key == "bytes" else (200, 500, 1000, 2000)
+            axes.set_xticks([unit * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
         row[0].set_ylabel("score, % of the teacher")
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
@@ -219,7 +223,8 @@ def main(args):
         before = json.loads(path.read_text()) if path.exists() else {}
         networks = measure(args, before.get("networks", {}))
         cpu = f"one core with {torch.backends.cpu.get_cpu_capability()}"
-        game = {"command": " ".join(["python", "benchmark/deploy.py", *sys.argv[1:]])}
+        flags = f"--env-id {args.env_id} --checkpoints {' '.join(args.checkpoints)}"
+        game = {"command": f"python benchmark/deploy.py {flags}"}
         game |= {"machine": f"{time.strftime('%Y-%m-%d')}, {cpu}, torch {torch.__version__}"}
         game |= {"networks": networks}
         path.write_text(json.dumps(game, indent=1) + "\n")

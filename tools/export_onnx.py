@@ -144,7 +144,7 @@ class Session:
     def __call__(self, obs):
         """Logits float32 [B, A] of observations uint8 [B, 4, 84, 84]."""
         outputs = torch.from_numpy(self.session.run(None, {"obs": obs.numpy()})[0])
-        return outputs if self.q_values else outputs.log(), None
+        return outputs if self.q_values else outputs.clamp(min=1e-30).log(), None
 
 
 def main(args):
