@@ -712,7 +712,7 @@ def load_checkpoint(path, env_id, fix):
         agent.load_state_dict(saved["model"])
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
         sys.exit(f"{path}: no checkpoint of this project ({error!r:.100}); {fix}")
-    return saved, agent
+    return {**saved, "checkpoint": path}, agent
 
 
 def training_state(agent, optimizer):

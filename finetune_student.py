@@ -279,7 +279,7 @@ def main(args):
 
     about["evaluation_before"] = checkpoint.get("evaluation_before")
     if args.eval_steps and not last_saved:
-        student |= {"checkpoint": args.student_path, "global_step": 0}
+        student["global_step"] = 0
         before = evaluate(agent, rom, args, student, writer, "eval_before")
         about["evaluation_before"] = before
     try:
@@ -688,7 +688,7 @@ def load_checkpoint(path, env_id, fix):
         agent.load_state_dict(saved["model"])
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
         sys.exit(f"{path}: no checkpoint of this project ({error!r:.100}); {fix}")
-    return saved, agent
+    return {**saved, "checkpoint": path}, agent
 
 
 def training_state(agent, optimizer):

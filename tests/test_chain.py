@@ -193,7 +193,7 @@ def test_eval_only_repeats_the_evaluation_and_leaves_the_file_alone(chain):
     assert (folder / path).read_bytes() == before
     (written,) = (folder / "apart").glob("runs/*/eval.json")
     first = json.loads((run_folder(chain, script) / "eval.json").read_text())
-    assert json.loads(written.read_text()) == first
+    assert json.loads(written.read_text()) == {**first, "checkpoint": "../" + path}
     scalars = tensorboard_scalars(written.parent)
     assert scalars["eval/mean"] == [(512, first["mean"])] and scalars.keys() == EVALUATION
     (mirror,) = (folder / "apart").glob("wandb/offline-run-*/run-*.wandb")

@@ -23,7 +23,9 @@ def table_rows():
     return {file: [cell.strip() for cell in cells.split("|")] for file, cells in rows}
 
 
-@pytest.fixture(scope="module", params=[x for x in GAMES if (PRETRAINED / x / "buffer.npz").exists()])
+@pytest.fixture(
+    scope="module", params=[x for x in GAMES if (PRETRAINED / x / "buffer.npz").exists()]
+)
 def shipped(request):
     """A game with a teacher and a buffer that ship: its id, and what `load_buffer` reads."""
     path = PRETRAINED / request.param / "buffer.npz"

@@ -133,7 +133,7 @@ def test_eight_bits_change_little_and_play(low, capsys):
     flags = {"checkpoint": path, "int8": True, "path": "x.onnx", "eval": True, "eval_steps": 10}
     run_main(export_onnx, export_onnx.Args(**flags, num_envs=1, samples=100))
     model = onnx.load("x.onnx")
-    assert any(x.data_type == onnx.TensorProto.INT8 for x in model.graph.initializer)
+    assert any(x.data_type == onnx.TensorProto.UINT8 for x in model.graph.initializer)
     assert Path("x.onnx").stat().st_size < 0.2e6
     obs = torch.from_numpy(observations(200))
     session = export_onnx.Session("x.onnx")
@@ -148,6 +148,7 @@ def test_the_example_of_the_docs_plays_without_torch(low):
     flags = {"checkpoint": path, "int8": True, "path": "distilled_low.int8.onnx"}
     run_main(export_onnx, export_onnx.Args(**flags, buffer_path=BUFFER, samples=50))
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    code = code.replace("< 32", "< 8")  # enough games to see that it plays
     code += "\nimport sys\nassert not {'torch', 'collect_buffer'} & set(sys.modules)\n"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
