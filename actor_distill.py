@@ -157,10 +157,8 @@ class Agent(nn.Module):
 
 
 def kl_divergence(target_probs, logits):
-    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats, float32 [B].
-
-    p is the teacher's, float32 [B, A], zeros allowed; q = softmax(logits) of the student.
-    """
+    """KL(teacher || student) = sum_a p_a log(p_a / q_a), Eq. 3 of the paper, in nats, float32 [B];
+    p is the teacher's, float32 [B, A], zeros allowed, q = softmax(logits) of the student."""
     return (target_probs.xlogy(target_probs) - target_probs * logits.log_softmax(-1)).sum(-1)
 
 
@@ -298,6 +296,7 @@ def main(args):
     if rank:  # process 0 alone logs, saves and evaluates
         return list(epochs)
 
+    args.teacher = meta["teacher"]["checkpoint"]  # no flag: for W&B's config
     writer = open_log(args, checkpoint.get("run_name"), start)
     about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}

@@ -100,10 +100,16 @@ def test_wandb_offline_mirrors_the_run(chain, script):
     for metric in (*METRICS[script], "global_step"):
         assert metric.encode() in content, metric
     path = "buffer_path" if script == "collect_buffer.py" else "save_path"
-    for flag, value in ((path, FILES[script]), ("env_id", GAME)):
+    config = [(path, FILES[script]), ("env_id", GAME)]
+    if script in SCRIPTS[2:]:
+        config.append(("teacher", FILES["ppo_atari_teacher.py"]))
+    for flag, value in config:
         assert re.search(rb'%b[^"]{1,4}"%b"' % (flag.encode(), value.encode()), content), flag
     if script != "collect_buffer.py":  # the artifact, and what it was made from
-        assert name + b"-eval" in content and b"eval.json" in content
+        assert name + b"-eval" in content
+        for file in (FILES[script].split("/")[-1], "eval.json"):
+            entry = b"\n" + bytes([len(file)]) + file.encode()  # of its manifest, not of the output
+            assert entry in content, file
         *_, about = re.findall(rb'{"exp_name":.*"teacher":.*}', content)
         about, _ = json.JSONDecoder().raw_decode(about.decode(errors="ignore"))
         assert about["save_path"] == FILES[script]

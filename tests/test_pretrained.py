@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,6 +83,22 @@ def test_held_out_samples_are_no_training_samples(shipped):
     assert found.tolist() == expected
     if game == "PongNoFrameskip-v4":
         assert (len(held_out), len(found)) == (3567, 2539)
+
+
+def test_a_checkpoint_stripped_for_shipping_is_half_as_large_and_plays_the_same(tmp_path):
+    agent, obs = distill.Agent("low", 6), torch.randint(0, 256, (50, 4, 84, 84), dtype=torch.uint8)
+    agent.actor.weight.data *= 100  # as it begins, every action is as probable
+    about = {"env_id": "PongNoFrameskip-v4", "capacity": "low", "optimizer": {}}
+    torch.save({**about, "model": agent.state_dict()}, tmp_path / "whole.pt")
+    script = ROOT / "benchmark" / "strip_checkpoint.py"
+    paths = [tmp_path / "whole.pt", tmp_path / "new" / "stripped.pt"]
+    subprocess.run([sys.executable, script, *paths], check=True)
+    saved, stripped = distill.load_checkpoint(paths[1], "PongNoFrameskip-v4", "")
+    assert "optimizer" not in saved and paths[1].stat().st_size < 0.6 * paths[0].stat().st_size
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stripped(obs)[0].softmax(-1), agent(obs)[0].softmax(-1), atol=2e-3, rtol=0
+        )
 
 
 def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path, monkeypatch, capsys):
