@@ -296,7 +296,7 @@ def main(args):
     if rank:  # process 0 alone logs, saves and evaluates
         return list(epochs)
 
-    args.teacher = meta["teacher"]["checkpoint"]  # no flag: for W&B's config
+    args.teacher = meta["teacher"].get("sha256")  # no flag: for W&B's config
     writer = open_log(args, checkpoint.get("run_name"), start)
     about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}

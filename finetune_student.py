@@ -270,7 +270,7 @@ def main(args):
     if rank:  # process 0 alone logs, saves and evaluates
         return list(iterations)
 
-    args.teacher = (student.get("teacher") or {}).get("checkpoint")  # no flag: for W&B's config
+    args.teacher = (student.get("teacher") or {}).get("sha256")  # no flag: for W&B's config
     writer = open_log(args, checkpoint.get("run_name"), last_saved)
     about = {"phase": "finetuned", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}

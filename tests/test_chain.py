@@ -102,7 +102,7 @@ def test_wandb_offline_mirrors_the_run(chain, script):
     path = "buffer_path" if script == "collect_buffer.py" else "save_path"
     config = [(path, FILES[script]), ("env_id", GAME)]
     if script in SCRIPTS[2:]:
-        config.append(("teacher", FILES["ppo_atari_teacher.py"]))
+        config.append(("teacher", checkpoint_of(chain, script)["teacher"]["sha256"]))
     for flag, value in config:
         assert re.search(rb'%b[^"]{1,4}"%b"' % (flag.encode(), value.encode()), content), flag
     if script != "collect_buffer.py":  # the artifact, and what it was made from
