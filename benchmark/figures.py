@@ -5,7 +5,7 @@
 Reads TensorBoard events and `eval.json` below `benchmark/results/{env_id}/`: `ppo_high/` and, where
 the teacher was trained on from there, `finetuned_high/`, its run folders, and
 `distill_{capacity}_{epochs}/`, those of `benchmark/epochs.sh`, `table3/`, those of
-`benchmark/table3.sh`, and `batches/`, those of `benchmark/batches.sh`. Pictures whose runs are not
+`benchmark/pong_table.sh`, and `batches/`, those of `benchmark/batches.sh`. Pictures whose runs are not
 there are left out.
 """
 

@@ -1,10 +1,13 @@
-"""The paper's Table 3 from the runs of `benchmark/table3.sh`: reads result files, plays nothing.
+"""The paper's Tables 1 and 3 over ten games, from the runs of `benchmark/games.sh`: plays nothing.
 
-    python benchmark/table3.py PongNoFrameskip-v4
-    python benchmark/table3.py PongNoFrameskip-v4 BreakoutNoFrameskip-v4
+    python benchmark/table3.py
+    pip install -r benchmark/requirements.txt && python benchmark/table3.py --aggregates
 
-Writes `benchmark/results/table3.md`; a run that is not there yet is a dash. Random and human scores
-are those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
+Writes `benchmark/results/games.md`: per game the rows of Table 3, a run that is not there yet being
+a dash. With `--aggregates` also `games_aggregates.md`, over all games that have every row, by
+rliable (Agarwal et al. 2021, arXiv:2108.13264), and a picture of the performance profiles. Random
+and human scores are those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of
+its Tables 1 and 3.
 """
 
 import json
@@ -13,178 +16,167 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @dataclass
 class Args:
-    games: tyro.conf.Positional[tuple[str, ...]]
-    """gymnasium ids, as in the folders of the results"""
+    aggregates: bool = False
+    """also make the tables over all games, by rliable"""
     results: str = "benchmark/results"
     """folder of the results"""
+    figures: str = "benchmark/figures"
+    """folder of the pictures"""
 
 
 # random and human scores, and the paper's means: DQN, then the columns of Table 3
 REFERENCE = {
-    "BeamRider": (363.9, 16926.5, 8672.4, 7500, 7018, 6284, 5447, 6958, 5489, 5548),
     "Breakout": (1.7, 30.5, 303.9, 277, 166, 248, 309, 187, 201, 159),
-    "Enduro": (0, 860.5, 475.6, 722, 827, 656, 733, 948, 611, 1013),
-    "Freeway": (0, 29.6, 25.8, 34, 33, 34, 32, 34, 33, 33),
-    "MsPacman": (307.3, 6951.6, 763.5, 3410, 4544, 3413, 5041, 2085, 3390, 3483),
-    "Pong": (-20.7, 14.6, 16.2, 21, 21, 20, 19, 21, 19, 21),
-    "Qbert": (163.9, 13455.0, 4589.8, 28367, 11646, 28554, 20572, 18502, 23019, 12152),
-    "Riverraid": (1338.5, 17118.0, 4065.3, 13916, 15601, 13080, 13716, 9408, 11256, 15593),
-    "Seaquest": (68.4, 42054.7, 2793.3, 2471, 1908, 2572, 3708, 2315, 2219, 3550),
     "SpaceInvaders": (148.0, 1668.7, 1449.7, 1653, 1624, 1432, 1569, 1312, 1382, 1288),
+    "Qbert": (163.9, 13455.0, 4589.8, 28367, 11646, 28554, 20572, 18502, 23019, 12152),
+    "Seaquest": (68.4, 42054.7, 2793.3, 2471, 1908, 2572, 3708, 2315, 2219, 3550),
+    "MsPacman": (307.3, 6951.6, 763.5, 3410, 4544, 3413, 5041, 2085, 3390, 3483),
+    "BeamRider": (363.9, 16926.5, 8672.4, 7500, 7018, 6284, 5447, 6958, 5489, 5548),
+    "Enduro": (0, 860.5, 475.6, 722, 827, 656, 733, 948, 611, 1013),
+    "Riverraid": (1338.5, 17118.0, 4065.3, 13916, 15601, 13080, 13716, 9408, 11256, 15593),
+    "Freeway": (0, 29.6, 25.8, 34, 33, 34, 32, 34, 33, 33),
+    "Pong": (-20.7, 14.6, 16.2, 21, 21, 20, 19, 21, 19, 21),
 }
 # row of the table: its runs' names without the seed, and its column in REFERENCE
 ROWS = {
     "Teacher": ("teacher", 3),
-    "Medium": ("direct_medium", 4),
-    "Medium AD, 10 epochs": ("ad10_medium", 5),
-    "Medium AD, 50 epochs": ("ad50_medium", 5),
-    "Medium AD, 100 epochs": ("ad100_medium", 5),
-    "Medium AD tuned": ("tuned_medium", 6),
-    "Low": ("direct_low", 7),
-    "Low AD, 10 epochs": ("ad10_low", 8),
-    "Low AD, 50 epochs": ("ad50_low", 8),
-    "Low AD, 100 epochs": ("ad100_low", 8),
-    "Low AD tuned": ("tuned_low", 9),
+    "Medium": ("direct_medium_*", 4),
+    "Medium AD": ("ad_medium_*", 5),
+    "Medium AD tuned": ("tuned_medium_*", 6),
+    "Low": ("direct_low_*", 7),
+    "Low AD": ("ad_low_*", 8),
+    "Low AD tuned": ("tuned_low_*", 9),
 }
 
 
-def runs(folder, name):
-    """The finished runs of a name, one for each seed: their eval.json, wall time and folder."""
-    found = []
-    for path in sorted(folder.glob(f"{name}_[0-9]*")) if name != "teacher" else [folder / name]:
-        if (path / "run.json").exists():
-            run = json.loads((path / "eval.json").read_text())
-            found.append(run | json.loads((path / "run.json").read_text()) | {"folder": path})
-    return found
+def runs(folder, pattern):
+    """The evaluations of a row's runs, one for each seed."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{pattern}/eval.json"))]
 
 
-def time_taken(runs, *parts):
-    """Mean seconds of runs, each with all that it goes on from, evaluations included, as a cell.
+def mean_interval(found, resamples=2000):
+    """95% percentile bootstrap interval of the mean over seeds of a seed's mean over games.
 
-    Args:
-        runs: as of `runs`.
-        parts: what to add up: "seconds", the wall time, or "user" and "system".
-    """
-    total = 0
-    for run in runs:
-        folder = run["folder"].parent
-        while run:
-            if "--eval-only" in run["command"] or not run.keys() >= set(parts):
-                return "–"
-            total += sum(run[part] for part in parts)
-            run = run.get("after") and json.loads((folder / run["after"] / "run.json").read_text())
-    return f"{total / len(runs):,.0f} s"
-
-
-def held_out_kl(run):
-    """The last `validation/kl` that a run's TensorBoard events hold, or None."""
-    events = EventAccumulator(str(run["folder"]), size_guidance={"scalars": 0}).Reload()
-    if "validation/kl" not in events.Tags()["scalars"]:
-        return None
-    return events.Scalars("validation/kl")[-1].value
-
-
-def interquartile_mean(scores):
-    """Mean of the middle half of the scores, floor(n / 4) left out at either end."""
-    scores = np.sort(scores)
-    cut = len(scores) // 4
-    return scores[cut : len(scores) - cut].mean()
-
-
-def interval(games, statistic, resamples=2000):
-    """95% percentile bootstrap interval of a statistic, each game's returns resampled by itself.
-
-    Args:
-        games: a list of arrays, one for each stratum.
-        statistic: maps such a list to a number.
+    Seeds are resampled, and the games within each; of a single seed, its games alone.
     """
     rng = np.random.default_rng(0)
-    values = [statistic([rng.choice(x, len(x)) for x in games]) for _ in range(resamples)]
-    return np.percentile(values, (2.5, 97.5))
+    returns = [np.array(run["returns"]) for run in found]
+    draws = rng.integers(len(returns), size=(resamples, len(returns)))
+    means = [
+        np.mean([rng.choice(returns[i], len(returns[i])).mean() for i in draw]) for draw in draws
+    ]
+    return np.percentile(means, (2.5, 97.5))
 
 
 def cells(found, teacher, reference, column):
-    """One game's cells of one row; several seeds' returns are taken together."""
+    """One game's cells of one row."""
     if not found:
-        return ["–"] * 9 + [str(reference[column])]
-    returns = np.concatenate([run["returns"] for run in found])
-    games = [np.array(run["returns"]) for run in found]
-    low, high = interval(games, lambda seeds: np.concatenate(seeds).mean())
-    share = "–"
-    if teacher is not None:
-        share = f"{100 * (returns.mean() - reference[0]) / (teacher - reference[0]):.1f}%"
-    kls = [kl for run in found if (kl := held_out_kl(run)) is not None]
+        return ["–"] * 5 + [f"{reference[column]:,}"]
+    seeds = [run["mean"] for run in found]
+    low, high = mean_interval(found)
     return [
-        f"{returns.mean():.2f} ± {returns.std():.2f}",
-        f"{returns.max():g}",
-        str(len(returns)),
-        str(len(found)),
-        f"{low:.2f} to {high:.2f}",
-        share,
-        f"{np.mean(kls):.4f}" if kls else "–",
-        time_taken(found, "seconds"),
-        time_taken(found, "user", "system"),
-        str(reference[column]),
+        f"{np.mean(seeds):,.2f}",
+        ", ".join(f"{mean:,.2f}" for mean in seeds),
+        str(sum(run["episodes"] for run in found)),
+        f"{low:,.2f} to {high:,.2f}",
+        f"{100 * np.mean(seeds) / teacher:.0f}%" if teacher and teacher > 0 else "–",
+        f"{reference[column]:,}",
     ]
 
 
+def games_table(results):
+    """Markdown: for each game the rows of Table 3."""
+    columns = (
+        "policy | mean | each seed's mean | games | 95% interval | of its teacher | paper's mean"
+    )
+    lines = []
+    for game, reference in REFERENCE.items():
+        folder = Path(results, f"{game}NoFrameskip-v4", "games")
+        teacher = next((run["mean"] for run in runs(folder, "teacher")), None)
+        lines += [f"### {game}", "", f"| {columns} |", "|" + "---|" * 7]
+        for row, (pattern, column) in ROWS.items():
+            row_cells = cells(runs(folder, pattern), teacher, reference, column)
+            lines.append(f"| {row} | {' | '.join(row_cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def seed_means(results):
+    """Row to game to the mean of each of its seeds, for the games in which every row is there."""
+    found = {}
+    for game in REFERENCE:
+        folder = Path(results, f"{game}NoFrameskip-v4", "games")
+        means = {row: [x["mean"] for x in runs(folder, at)] for row, (at, _) in ROWS.items()}
+        if all(means.values()):
+            for row in ROWS:
+                found.setdefault(row, {})[game] = means[row]
+    return found
+
+
 def geometric_mean(values):
-    """Of positive numbers; None if one is not."""
-    return float(np.exp(np.mean(np.log(values)))) if values and min(values) > 0 else None
+    """Of positive numbers."""
+    return np.exp(np.mean(np.log(values)))
+
+
+def aggregates(found, picture):
+    """Markdown over all games, by rliable, and the picture of the performance profiles."""
+    import matplotlib.pyplot as plt
+    from rliable import library, metrics, plot_utils
+
+    games = list(found["Teacher"])
+    positive = [g for g in games if all(np.mean(row[g]) > 0 for row in found.values())]
+    random, human = (np.array([REFERENCE[g][i] for g in games]) for i in range(2))
+    normalised = {}
+    for row, means in found.items():
+        seeds = min(map(len, means.values()))
+        scores = np.array([means[game][:seeds] for game in games]).T
+        normalised[row] = (scores - random) / (human - random)
+
+    def middle(scores):
+        return np.array([metrics.aggregate_iqm(scores)])
+
+    points, intervals = library.get_interval_estimates(normalised, middle, reps=2000)
+    columns = (
+        "policy | seeds | interquartile mean, human-normalised (95% interval) | geometric mean, % of "
+        "the teacher | % of DQN"
+    )
+    lines = [f"{len(games)} games: {', '.join(games)}. Geometric means over {', '.join(positive)}."]
+    lines += ["", f"| {columns} |", "|" + "---|" * 5]
+    of_dqn = geometric_mean([REFERENCE[game][2] for game in positive])
+    top = geometric_mean([np.mean(found["Teacher"][game]) for game in positive])
+    for row, means in found.items():
+        mean, (low, high) = (
+            geometric_mean([np.mean(means[g]) for g in positive]),
+            intervals[row][:, 0],
+        )
+        seeds = len(normalised[row])
+        interval = f" ({low:.3f} to {high:.3f})" if seeds > 1 else ""
+        cells_ = f"{seeds} | {points[row][0]:.3f}{interval} | {100 * mean / top:.0f}%"
+        lines.append(f"| {row} | {cells_} | {100 * mean / of_dqn:.0f}% |")
+    thresholds = np.linspace(0, max(scores.max() for scores in normalised.values()), 81)
+    profiles, bands = library.create_performance_profile(normalised, thresholds, reps=2000)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    plot_utils.plot_performance_profiles(
+        profiles, thresholds, bands, xlabel="human-normalised score", legend=True, ax=axes
+    )
+    figure.savefig(picture, dpi=110)
+    return "\n".join(lines) + "\n"
 
 
 def main(args):
-    columns = (
-        "policy | mean ± std | max | games | seeds | 95% interval | way from random to teacher | "
-        "held-out KL | wall time | processor time | paper's mean"
-    )
-    lines, means, returns = [], {row: [] for row in ROWS}, {row: [] for row in ROWS}
-    for game in args.games:
-        folder = Path(args.results, game, "table3")
-        reference = REFERENCE[game.removesuffix("NoFrameskip-v4")]
-        teacher = next((run["mean"] for run in runs(folder, "teacher")), None)
-        lines += [f"### {game}", "", f"| {columns} |", "|" + "---|" * 11]
-        for row, (name, column) in ROWS.items():
-            found = runs(folder, name)
-            lines.append(f"| {row} | {' | '.join(cells(found, teacher, reference, column))} |")
-            if found:
-                scores = np.concatenate([run["returns"] for run in found])
-                means[row].append((scores.mean(), reference[2]))
-                returns[row].append((scores - reference[0]) / (reference[1] - reference[0]))
-        lines.append("")
-    columns = (
-        "policy | games | geometric mean, % of teacher | % of DQN | human-normalised interquartile "
-        "mean | 95% interval"
-    )
-    lines += [f"| {columns} |", "|" + "---|" * 6]
-    whole = [row for row in ROWS if len(means[row]) == len(args.games)]
-    for row in whole:
-        mean = geometric_mean([score for score, _ in means[row]])
-        of_teacher, of_dqn = "–", "–"
-        if mean is not None:
-            of_dqn = f"{100 * mean / geometric_mean([dqn for _, dqn in means[row]]):.0f}%"
-            top = geometric_mean([score for score, _ in means["Teacher"]])
-            if "Teacher" in whole and top is not None:
-                of_teacher = f"{100 * mean / top:.0f}%"
-
-        # every game weighs the same, however many of its games were played
-        def over_games(games):
-            quantiles = np.linspace(0, 1, 101)
-            return interquartile_mean(np.concatenate([np.quantile(x, quantiles) for x in games]))
-
-        low, high = interval(returns[row], over_games)
-        lines.append(
-            f"| {row} | {len(means[row])} | {of_teacher} | {of_dqn} | "
-            f"{over_games(returns[row]):.3f} | {low:.3f} to {high:.3f} |"
-        )
-    text = "\n".join(lines) + "\n"
-    Path(args.results, "table3.md").write_text(text)
+    results = Path(args.results)
+    text = games_table(results)
+    (results / "games.md").write_text(text)
     print(text)
+    if args.aggregates:
+        picture = Path(args.figures) / "profiles.png"
+        text = aggregates(seed_means(results), picture)
+        (results / "games_aggregates.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

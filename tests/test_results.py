@@ -20,21 +20,20 @@ def table(tmp_path_factory):
     for game in GAMES:
         shutil.copytree(RESULTS / game / "table3", folder / game / "table3")
     subprocess.run(
-        [sys.executable, ROOT / "benchmark" / "table3.py", *GAMES, "--results", folder],
+        [sys.executable, ROOT / "benchmark" / "pong_table.py", *GAMES, "--results", folder],
         check=True,
         capture_output=True,
     )
-    return (folder / "table3.md").read_text()
+    return (folder / "pong_table.md").read_text()
 
 
 def test_the_same_files_give_the_same_table(table):
-    assert GAMES and table == (RESULTS / "table3.md").read_text()
+    assert GAMES and table == (RESULTS / "pong_table.md").read_text()
 
 
 def test_the_documentation_shows_the_same_table(table):
-    shown = (
-        (ROOT / "docs" / "results.md").read_text().split("<!-- benchmark/results/table3.md -->")[1]
-    )
+    docs = (ROOT / "docs" / "results.md").read_text()
+    shown = docs.split("<!-- benchmark/results/pong_table.md -->")[1]
     assert shown.split("<!-- end -->")[0].strip() == table.split("\n\n", 1)[1].strip()
 
 
@@ -62,6 +61,20 @@ def test_the_teachers_row_equals_its_evaluation(table):
     assert cells[5] == "100.0%" and cells[9] == "21", "the share, and the paper's mean"
 
 
+def test_the_table_of_the_games_equals_their_files():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import table3
+
+    text = table3.games_table(RESULTS)
+    assert text == (RESULTS / "games.md").read_text() and text.count("| Teacher |") == 10
+    runs = [{"returns": [1.0, 3.0]}, {"returns": [11.0, 13.0]}]
+    low, high = table3.mean_interval(runs)
+    assert 1 <= low < 4 and 10 < high <= 13, "the seeds are resampled, not the games alone"
+    reference = table3.REFERENCE["Breakout"]
+    cells = table3.cells([{"mean": 2.0, "episodes": 2, **runs[0]}], 4.0, reference, 5)
+    assert cells == ["2.00", "2.00", "2", "1.00 to 3.00", "50%", "248"]
+
+
 def test_the_losses_table_equals_its_json():
     results = json.loads((RESULTS / "losses.json").read_text())
     text = (RESULTS / "losses.md").read_text()
@@ -77,11 +90,44 @@ def test_the_table_of_defaults_equals_its_json_and_settings_are_read():
 
     folder = RESULTS / "defaults"
     assert distill_defaults.table(folder) == (folder / "table.md").read_text()
-    setting = distill_defaults.parse("batch_size=256,learning_rate=8e-3,reverse=1,schedule=cosine")
-    assert (setting.batch_size, setting.learning_rate, setting.reverse) == (256, 8e-3, True)
-    shares = [distill_defaults.share_of_rate(setting, used, 10**6) for used in (0, 0.5, 1)]
-    np.testing.assert_allclose(shares, [1, 0.5, 0], atol=1e-12)
-    assert distill_defaults.share_of_rate(setting, 0.0, 29) == 0.1
+    setting = distill_defaults.parse("batch_size=256,learning_rate=8e-3,reverse=0,schedule=cosine")
+    assert (setting.batch_size, setting.learning_rate, setting.reverse) == (256, 8e-3, False)
+    assert distill_defaults.changed(setting)["reverse"] is False
+    shares = [distill_defaults.share_of_rate(setting, done) for done in (0.01, 0.5, 1)]
+    np.testing.assert_allclose(shares, [0.5, 0.5, 0], atol=1e-12)
+
+
+def test_the_study_of_defaults_chooses_draws_and_moves_samples():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import distill_defaults as study
+    import torch
+
+    slot = np.repeat([0, 1, 2], 40)
+    chosen = study.choose(study.parse("slots=2,samples=20,stride=5"), slot)
+    assert chosen.tolist() == [0, 5, 40, 45], (
+        "of two slots the first ten each, every fifth of those"
+    )
+
+    # half of the samples have a sure teacher, half one that knows nothing
+    probs = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).repeat(500, 1)
+    rows, rng = np.arange(1000), np.random.default_rng(0)
+    assert sorted(study.epoch_of(study.Setting(), rows, probs, rng).ravel().tolist()) == sorted(
+        set(study.epoch_of(study.Setting(), rows, probs, rng).ravel().tolist())
+    )
+    for sampling, share in (
+        ("unsure", 0.1 / (0.2 + np.log(2))),
+        ("sure", 1 - 0.1 / (0.2 + np.log(2))),
+    ):
+        setting = study.Setting(sampling=sampling, batch_size=1000)
+        drawn = np.concatenate([study.epoch_of(setting, rows, probs, rng) for _ in range(20)])
+        assert (drawn % 2 == 0).mean() == pytest.approx(share, abs=0.01)
+
+    obs = torch.zeros(300, 4, 84, 84, dtype=torch.uint8)
+    obs[:, :, 40, 50] = 7
+    moved = study.shifted(obs, 2)
+    places = {tuple(x) for x in (moved[:, 0] == 7).nonzero()[:, 1:].tolist()}
+    assert places == {(y, x) for y in range(38, 43) for x in range(48, 53)}
+    assert (moved.flatten(1).sum(1) == 28).all(), "all four frames move alike"
 
 
 def test_the_table_of_deployed_files_equals_their_json_and_the_documentation():
@@ -95,18 +141,30 @@ def test_the_table_of_deployed_files_equals_their_json_and_the_documentation():
     assert table.strip() in (ROOT / "docs" / "deploy.md").read_text()
 
 
-def test_the_table_of_students_equals_its_files_and_the_documentation():
+def test_the_tables_of_students_equal_their_files_and_the_documentation():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import students
 
     folder = RESULTS / "students"
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    table = students.table(found)
-    assert found and table == (folder / "table.md").read_text()
-    assert table.strip() in (ROOT / "docs" / "results.md").read_text()
-    one = {"mean": 90.0, "std": 10.0, "episodes": 100}
-    ratio, low, high = students.share(one, {"mean": 100.0, "std": 10.0, "episodes": 100})
-    rng = np.random.default_rng(0)
-    draws = rng.normal(90, 1, 10**5) / rng.normal(100, 1, 10**5)
-    assert ratio == pytest.approx(0.9)
-    np.testing.assert_allclose((low, high), np.percentile(draws, (2.5, 97.5)), atol=1e-3)
+    teachers, _ = students.read(folder)
+    docs = (ROOT / "docs" / "results.md").read_text()
+    tables = {"table": students.table(teachers)}
+    for name, table in tables.items():
+        assert table == (folder / f"{name}.md").read_text() and table.strip() in docs
+
+
+def test_the_share_of_a_teacher_has_an_interval_that_covers_it():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import students
+
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        seeds = rng.normal(90, 4, 8)
+        games = [rng.normal(seed, 20, 50) for seed in seeds]
+        ratio, low, high = students.share(games, rng.normal(100, 20, 100), draws=300)
+        covered += low < 0.9 < high
+        assert low < ratio < high
+    assert covered >= 50
+    assert students.ranks_agree([1, 2, 3, 9], [4, 5, 6, 7]) == pytest.approx(1)
+    assert students.ranks_agree([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)

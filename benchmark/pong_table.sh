@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One row of the paper's Table 3, and what belongs to it: the runs, by plain commands. Then
-# `python benchmark/table3.py` makes the table from what they wrote to benchmark/results/{game}/table3/.
+# `python benchmark/pong_table.py` makes the table from what they wrote to benchmark/results/{game}/table3/.
 #
-#     bash benchmark/table3.sh PongNoFrameskip-v4 2371584 "1 2 3"
-#     bash benchmark/table3.sh PongNoFrameskip-v4 2371584 "1 2 3" "direct_.*"   # only the runs so named
+#     bash benchmark/pong_table.sh PongNoFrameskip-v4 2371584 "1 2 3"
+#     bash benchmark/pong_table.sh PongNoFrameskip-v4 2371584 "1 2 3" "direct_.*"   # only the runs so named
 #
 # Arguments: the game, the teacher's steps, the seeds, and a pattern of names. What is there already is not
 # run again, and a training that was stopped goes on. The teacher and its buffer are those of the
