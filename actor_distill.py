@@ -74,7 +74,7 @@ class Args:
 
     # Evaluation
     eval_steps: NonNegativeInt = 1_000_000
-    """budget of the evaluation after distillation; 0 skips it"""
+    """steps of the evaluation after distillation, or a few more; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
     eval_only: FilePath | None = None
@@ -330,7 +330,7 @@ def main(args):
         epochs = checkpoint.get("last_epoch", 0)
         if epochs:  # the signal may have come while it was being saved
             save_checkpoint(args.save_path, checkpoint)
-        sys.exit(f"\nstopped after {epochs} epochs; pass --resume to go on")
+        sys.exit(f"\nstopped after epoch {epochs}; pass --resume to go on")
     print(f"wrote       {args.save_path}")
     if args.loss != "mse":  # which gives PPO no policy to start from
         command = "finetune_student.py --student-path"

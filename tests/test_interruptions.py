@@ -275,7 +275,7 @@ def test_distillation_stopped_in_every_epoch_and_resumed_is_bit_identical(flags,
             run_in_parts(distill, distill.Args(**args, save_path="parts.pt", resume=True))
             stops.append(None)
         except SystemExit as stop:
-            stops.append(re.search(r"stopped after (\d) epochs", stop.code)[1])
+            stops.append(re.search(r"stopped after epoch (\d)", stop.code)[1])
     whole, parts = read("whole.pt"), read("parts.pt")
     assert stops == [*(str(epoch) for epoch in range(1, whole["last_epoch"])), None]
     if "early_stop_patience" in flags:

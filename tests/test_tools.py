@@ -187,16 +187,19 @@ def test_what_cannot_be_exported_is_said_in_one_line(flags, message):
     assert not list(Path().iterdir())
 
 
-def test_a_missing_library_is_named():
-    code = """
+@pytest.mark.parametrize(
+    ("tool", "library"), [("export_onnx", "onnxruntime"), ("record_video", "imageio")]
+)
+def test_a_missing_library_is_named(tool, library):
+    code = f"""
 import importlib.util, runpy
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: name != "onnxruntime" and found(name, *rest) or None
-runpy.run_path("tools/export_onnx.py", run_name="__main__")
+importlib.util.find_spec = lambda name, *rest: name != "{library}" and found(name, *rest) or None
+runpy.run_path("tools/{tool}.py", run_name="__main__")
 """
     command = [sys.executable, "-c", code]
     result = subprocess.run(
         command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
-    expected = "onnxruntime is missing; pip install -r tools/requirements.txt\n"
+    expected = f"{library} is missing; pip install -r tools/requirements.txt\n"
     assert (result.returncode, result.stderr) == (1, expected)

@@ -10,10 +10,14 @@ game, by the same seed, until its end or the end of the video. A caption holds t
 and the score so far.
 """
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if importlib.util.find_spec("imageio") is None:
+    sys.exit("imageio is missing; pip install -r tools/requirements.txt")
 
 import imageio.v3 as iio
 import numpy as np
