@@ -101,6 +101,16 @@ def test_a_checkpoint_stripped_for_shipping_is_half_as_large_and_plays_the_same(
         )
 
 
+@pytest.mark.parametrize("game", [x for x in GAMES if x != "PongNoFrameskip-v4"])
+def test_a_shipped_teacher_of_another_game_is_recorded_at_once(game, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_main(collect, collect.Args(env_id=game, num_samples=40, num_envs=4))
+    *_, probs, _, _, meta = distill.load_buffer(tmp_path / f"buffers/{game}.npz", game)
+    assert meta["teacher"]["evaluation"]["steps"] >= 100_000
+    chance = 1 / probs.shape[1]
+    assert probs.max(1).mean() > 1.5 * chance, "it has learned to prefer some actions"
+
+
 def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in PRETRAINED.glob("*/*")}
