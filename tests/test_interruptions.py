@@ -114,7 +114,7 @@ def test_a_resume_goes_on_where_a_signal_ended_a_training(module, number, flags,
         status, text = run.end(number)
     finally:
         run.process.kill()
-    pattern = r"^stopped (?:at step|after) ([\d,]+)(?: epochs)?; pass --resume to go on$"
+    pattern = r"^stopped (?:at step|after epoch) ([\d,]+); pass --resume to go on$"
     held = int(re.search(pattern, text, re.MULTILINE)[1].replace(",", ""))
     assert status == 1 and "Traceback" not in text
     assert held == read(path)["last_epoch" if module is distill else "global_step"] > 0
