@@ -78,7 +78,7 @@ class Args:
 
     # Evaluation, of a teacher whose file holds none
     eval_steps: NonNegativeInt = 100_000
-    """steps of the evaluation before the collection, or a few more; 0 skips it"""
+    """steps of the evaluation before the collection, then on to its games' ends; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
 

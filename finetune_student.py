@@ -83,7 +83,7 @@ class Args:
 
     # Evaluation
     eval_steps: NonNegativeInt = 1_000_000
-    """steps of each evaluation, before and after training, or a few more; 0 skips both"""
+    """steps of each evaluation, before and after training, then on to games' ends; 0 skips both"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
     eval_only: FilePath | None = None

@@ -80,7 +80,7 @@ class Args:
 
     # Evaluation
     eval_steps: NonNegativeInt = 1_000_000
-    """steps of the evaluation after training, or a few more; 0 skips it"""
+    """steps of the evaluation after training, then on to its games' ends; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
     eval_only: FilePath | None = None

@@ -239,7 +239,8 @@ def main(args):
     teachers, studies = read(folder)
     (folder / "table.md").write_text(table(teachers))
     found = proxies(teachers, studies)
-    (folder / "proxies.md").write_text(proxy_table(found))
+    if found:
+        (folder / "proxies.md").write_text(proxy_table(found))
     print(table(teachers), proxy_table(found), sep="\n")
     if args.figures and found:
         epochs_figure(teachers, ROOT / "figures" / "students_epochs.png")
