@@ -166,5 +166,10 @@ def test_the_share_of_a_teacher_has_an_interval_that_covers_it():
         covered += low < 0.9 < high
         assert low < ratio < high
     assert covered >= 50
+    alone = students.share([[80.0], [90.0], [100.0]], [100.0])
+    assert alone == pytest.approx((0.9, 0.8 + 0.1 / 3, 1 - 0.1 / 3), abs=0.04), (
+        "seeds are resampled"
+    )
+    assert alone[1] < 0.84 and alone[2] > 0.96
     assert students.ranks_agree([1, 2, 3, 9], [4, 5, 6, 7]) == pytest.approx(1)
     assert students.ranks_agree([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
