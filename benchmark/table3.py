@@ -4,10 +4,10 @@
     pip install -r benchmark/requirements.txt && python benchmark/table3.py --aggregates
 
 Writes `benchmark/results/games.md`: per game the rows of Table 3, a run that is not there yet being
-a dash. With `--aggregates` also `games_aggregates.md`, over all games that have every row, by
-rliable (Agarwal et al. 2021, arXiv:2108.13264), and a picture of the performance profiles. Random
-and human scores are those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of
-its Tables 1 and 3.
+a dash. With `--aggregates` also pictures: the curves of direct training, a heat map of the table,
+and over all games that have every row `games_aggregates.md` and performance profiles by rliable
+(Agarwal et al. 2021, arXiv:2108.13264). Random and human scores are those of DQN Zoo
+(github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
 """
 
 import json
@@ -21,7 +21,7 @@ import tyro
 @dataclass
 class Args:
     aggregates: bool = False
-    """also make the tables over all games, by rliable"""
+    """also draw the pictures, and make the table over all games, by rliable"""
     results: str = "benchmark/results"
     """folder of the results"""
     figures: str = "benchmark/figures"
@@ -122,6 +122,53 @@ def geometric_mean(values):
     return np.exp(np.mean(np.log(values)))
 
 
+def curves_figure(results, picture):
+    """Returns over direct training by capacity in every game: the shape of the paper's Fig. 2."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 5, figsize=(15, 5.5), layout="constrained")
+    runs_ = {"high, the teacher": "teacher", "medium": "direct_medium_*", "low": "direct_low_*"}
+    for axes, game in zip(panels.flat, REFERENCE, strict=True):
+        folder = Path(results, f"{game}NoFrameskip-v4", "games")
+        for (label, pattern), color in zip(runs_.items(), ("C3", "C4", "C0"), strict=True):
+            for path in sorted(folder.glob(f"{pattern}/curve.json"))[:1]:
+                curve = json.loads(path.read_text())
+                # a mean is missing where no game has ended yet
+                returns = np.array(curve["return"], float)
+                axes.plot(np.array(curve["steps"]) / 1e6, returns, color=color, label=label)
+        axes.set_title(game, fontsize=10)
+    for axes in panels[1]:
+        axes.set_xlabel("million steps")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("mean return, last 100 games")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(picture, dpi=100)
+
+
+def heat_map(results, picture):
+    """The table as a picture: each policy's mean over seeds, of its teacher's."""
+    import matplotlib.pyplot as plt
+
+    shares = np.full((len(ROWS) - 1, len(REFERENCE)), np.nan)
+    for column, game in enumerate(REFERENCE):
+        folder = Path(results, f"{game}NoFrameskip-v4", "games")
+        teacher = runs(folder, "teacher")
+        for row, (pattern, _) in enumerate(list(ROWS.values())[1:]):
+            found = runs(folder, pattern)
+            if teacher and found:
+                shares[row, column] = np.mean([x["mean"] for x in found]) / teacher[0]["mean"]
+    figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    image = axes.imshow(shares, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        if not np.isnan(share):
+            color = "w" if abs(share - 1) > 0.6 else "k"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(REFERENCE)), REFERENCE, rotation=30, ha="right")
+    axes.set_yticks(range(len(ROWS) - 1), list(ROWS)[1:])
+    figure.colorbar(image, label="of the teacher's score", format=lambda x, _: f"{x:.0%}")
+    figure.savefig(picture, dpi=110)
+
+
 def aggregates(found, picture):
     """Markdown over all games, by rliable, and the picture of the performance profiles."""
     import matplotlib.pyplot as plt
@@ -173,10 +220,14 @@ def main(args):
     (results / "games.md").write_text(text)
     print(text)
     if args.aggregates:
-        picture = Path(args.figures) / "profiles.png"
-        text = aggregates(seed_means(results), picture)
-        (results / "games_aggregates.md").write_text(text)
-        print(text)
+        figures = Path(args.figures)
+        curves_figure(results, figures / "games_curves.png")
+        heat_map(results, figures / "games_heat_map.png")
+        found = seed_means(results)
+        if found:
+            text = aggregates(found, figures / "games_profiles.png")
+            (results / "games_aggregates.md").write_text(text)
+            print(text)
 
 
 if __name__ == "__main__":
