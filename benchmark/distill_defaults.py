@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Args:
     """what differs from the defaults, as in `batch_size=256,shift=1`"""
     env_id: str = "PongNoFrameskip-v4"
     """game of the buffers"""
+    teacher: str = ""
+    """name of the teacher of the buffers, as in `benchmark/results/students/`"""
     capacity: str = "low"
     """size of the students"""
     seconds: float = 150.0
@@ -245,13 +248,19 @@ def table(folder):
 
 
 def overview(folder):
-    """The same with a row for each setting and a column for each game, as Markdown."""
+    """The same with a row for each setting and a column for each game, as Markdown.
+
+    Of the first seed's runs that see as many samples as most do.
+    """
     runs = [json.loads(x) for path in sorted(folder.glob("*.jsonl")) for x in path.open()]
+    seen = statistics.mode(round(x["seen"], -4) for x in runs)
+    runs = [x for x in runs if round(x["seen"], -4) == seen and x["seed"] == 1]
     games = sorted({x["env_id"] for x in runs})
     found = {}
     for x in runs:
         other = {k: v for k, v in x["setting"].items() if v != getattr(Setting, k)}
         setting = ", ".join(f"{name} {value}" for name, value in other.items()) or "all defaults"
+        setting += ", second round" if len(x["buffers"]) > 1 else ""
         score = f"; {x['mean']:,.0f}" if "mean" in x else ""
         cell = f"{x['fresh/reverse_kl']:.4f}{score}"
         found.setdefault(setting, {})[x["env_id"]] = (x["fresh/reverse_kl"], cell)
@@ -276,7 +285,8 @@ def main(args):
             start = time.process_time()
             budget = (args.seconds, args.seen)
             agent, seen, rows = fit(setting, args.capacity, arrays, seed, *budget)
-            about = {"env_id": args.env_id, "capacity": args.capacity, "seed": seed}
+            about = {"env_id": args.env_id, "teacher": args.teacher}
+            about |= {"capacity": args.capacity, "seed": seed}
             about |= {"setting": changed(setting), "seconds": time.process_time() - start}
             about |= {"seen": seen, "samples": len(rows), "buffers": list(args.buffer_paths)}
             about |= {"device": device.type, "torch": torch.__version__}

@@ -10,6 +10,7 @@ with what it learned from, how far it is from its teacher on a buffer of other g
 evaluation. Only adding needs torch, only drawing matplotlib.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -41,13 +42,15 @@ class Args:
     """buffer of games that no student learned from"""
     samples: int = 540_000
     """samples in the buffer that they learned from"""
+    num_envs: int = 128
+    """games played at once for that buffer"""
     learned_on: str = ""
     """machine, and processor time if it is known"""
     figures: bool = True
     """draw the pictures too"""
 
 
-def student(checkpoint, evaluation, fresh_path, samples, learned_on):
+def student(checkpoint, evaluation, fresh_path, samples, num_envs, learned_on):
     """What a teacher's file says of a student."""
     sys.path.insert(0, str(ROOT.parent))
     import distill_defaults
@@ -60,7 +63,8 @@ def student(checkpoint, evaluation, fresh_path, samples, learned_on):
     rows = np.arange(len(fresh[1]))
     names = ("seed", "loss", "epochs", "batch_size", "learning_rate", "optimizer")
     about = {"capacity": saved["capacity"], **{name: saved["args"].get(name) for name in names}}
-    about |= {"samples": samples, "seen": saved["global_step"], "learned_on": learned_on}
+    about |= {"samples": samples, "num_envs": num_envs, "seen": saved["global_step"]}
+    about |= {"learned_on": learned_on}
     about |= {"validation": saved.get("validation", {})}
     about |= {"fresh": distill_defaults.compare(agent, fresh, rows)}
     kept = ("mean", "std", "max", "episodes", "ci95", "steps", "returns")
@@ -83,42 +87,44 @@ def share(students, teacher, draws=2000):
     return (ratio, *np.percentile(ratios, (2.5, 97.5)))
 
 
-def usual(students, capacity):
-    """The students of a capacity that were made by the defaults: the most seeds of equal epochs."""
+def usual(students, capacity, loss):
+    """The students of a capacity by one loss: the most seeds of equal data and epochs."""
     groups = {}
     for x in students:
-        if x["capacity"] == capacity and x["loss"] == "reverse_kl":
-            groups.setdefault((x["samples"], x["epochs"]), []).append(x)
+        if x["capacity"] == capacity and x["loss"] == loss:
+            groups.setdefault((x["samples"], x["num_envs"], x["epochs"]), []).append(x)
     best = max(groups.values(), key=len, default=[])
     return sorted(best, key=lambda x: x["seed"])
 
 
 def table(teachers):
-    """Markdown: a row for each teacher and capacity."""
+    """Markdown: a row for each teacher, capacity, and way of learning."""
     columns = (
-        "teacher | its score | student | samples × epochs | each seed's score | mean | "
+        "teacher | its score | student | by | samples × epochs | each seed's score | mean | "
         "of its teacher (95% interval) | KL(student ‖ teacher) on fresh games | learned on"
     )
-    lines = [f"| {columns} |", "|" + "---|" * 9]
-    for x in teachers:
-        for capacity in ("medium", "low"):
-            students = usual(x["students"], capacity)
+    lines = [f"| {columns} |", "|" + "---|" * 10]
+    for x, capacity in itertools.product(teachers, COLORS):
+        for way, loss in (("defaults", "reverse_kl"), ("paper's path", "kl")):
+            students = usual(x["students"], capacity, loss)
             if not students:
                 continue
             y = x["evaluation"]
             ratio, low, high = share([z["returns"] for z in students], y["returns"])
             digits = 2 if abs(y["mean"]) < 100 else 0
             means = [z["mean"] for z in students]
+            machines = {z["learned_on"].split(",")[0]: z["learned_on"] for z in students}
             cells = (
                 x["name"],
                 f"{y['mean']:,.{digits}f} ± {y['std']:,.{digits}f}, {y['episodes']} games",
                 capacity,
+                way,
                 f"{students[0]['samples']:,} × {students[0]['epochs']}",
                 ", ".join(f"{z:,.{digits}f}" for z in means),
                 f"{np.mean(means):,.{digits}f}",
                 f"**{ratio:.0%}** ({low:.0%} to {high:.0%})",
                 f"{np.mean([z['fresh']['reverse_kl'] for z in students]):.3f}",
-                students[0]["learned_on"],
+                "; ".join(machines.values()),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -130,12 +136,14 @@ def ranks_agree(x, y):
 
 
 def proxies(teachers, studies):
-    """Of all students with a score: per game a list of (share of the teacher, figures on fresh games)."""
+    """Of all students with a score: per teacher a list of (share of it, figures on fresh games)."""
     found = {}
     for x in teachers:
         of = found.setdefault(x["name"], [])
         of += [(z["mean"] / x["evaluation"]["mean"], z["fresh"]) for z in x["students"]]
         for z in studies.get(x["name"], []):
+            if "mean" not in z:
+                continue
             fresh = {name: z[f"fresh/{name}"] for name in PROXIES}
             of.append((z["mean"] / x["evaluation"]["mean"], fresh))
     return {name: of for name, of in found.items() if len(of) >= 8}
@@ -158,7 +166,11 @@ def proxy_table(found):
 def epochs_figure(teachers, path):
     """Score and distance from the teacher over the epochs: the shape of the paper's Fig. 3."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
+    teachers = [
+        {**x, "students": [z for z in x["students"] if z["loss"] == "reverse_kl"]} for x in teachers
+    ]
     shown = [x for x in teachers if len({z["epochs"] for z in x["students"]}) >= 3]
     figure, rows = plt.subplots(
         2,
@@ -193,8 +205,10 @@ def epochs_figure(teachers, path):
         bottom.set(xscale="log", yscale="log", xlabel="epochs")
         bottom.set_xticks(epochs, map(str, epochs))
         bottom.minorticks_off()
+        bottom.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
+        bottom.yaxis.set_major_formatter("{x:g}")
     rows[0, 0].set_ylabel("score, of the teacher's")
-    rows[1, 0].set_ylabel("KL(student ‖ teacher), fresh games")
+    rows[1, 0].set_ylabel("KL, fresh games, nats")
     rows[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -216,13 +230,43 @@ def proxies_figure(found, path):
     figure.savefig(path, dpi=120)
 
 
+def samples_figure(teacher, study, path):
+    """Distance from the teacher over the epochs, a line for each number of samples; `low` students."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+
+    lines = {}
+    for z in study:
+        plain = set(z["setting"]) <= {"batch_size", "learning_rate", "stride"}
+        if plain and (z["setting"]["batch_size"], len(z["buffers"]), z["seed"]) == (64, 1, 1):
+            at = (z["samples"], round(z["seen"] / z["samples"]))
+            lines.setdefault(at, []).append(z["fresh/reverse_kl"])
+    for z in teacher["students"]:
+        if (z["capacity"], z["loss"], z["num_envs"]) == ("low", "reverse_kl", 128):
+            lines.setdefault((z["samples"], z["epochs"]), []).append(z["fresh"]["reverse_kl"])
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for samples in sorted({x for x, _ in lines}):
+        epochs = sorted(x for n, x in lines if n == samples)
+        means = [np.mean(lines[samples, x]) for x in epochs]
+        axes.plot(epochs, means, "o-", markersize=4, label=f"{samples:,} samples")
+    axes.set(xscale="log", yscale="log", xlabel="epochs", title=f"{teacher['name']}, low")
+    axes.set_ylabel("KL, fresh games, nats")
+    ticks = sorted({x for _, x in lines})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def read(folder):
-    """The teachers' files, in the order of their names, and the study's students with a score."""
+    """The teachers' files, in the order of their names, and by teacher the study's students."""
     teachers = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     studies = {}
     for path in sorted(folder.with_name("study").glob("*.jsonl")):
-        runs = [json.loads(line) for line in path.open()]
-        studies[runs[0]["teacher"]] = [x for x in runs if "mean" in x]
+        for run in map(json.loads, path.open()):
+            studies.setdefault(run["teacher"], []).append(run)
     return teachers, studies
 
 
@@ -231,7 +275,8 @@ def main(args):
         path = Path(args.add_to)
         teacher = json.loads(path.read_text())
         for files in zip(args.checkpoints, args.evaluations, strict=True):
-            found = student(*files, args.fresh_path, args.samples, args.learned_on)
+            about = (args.samples, args.num_envs, args.learned_on)
+            found = student(*files, args.fresh_path, *about)
             teacher["students"].append(found)
             print(f"{files[0]}: {found['mean']:.2f}, {found['fresh']}")
         path.write_text(json.dumps(teacher) + "\n")
@@ -243,8 +288,10 @@ def main(args):
         (folder / "proxies.md").write_text(proxy_table(found))
     print(table(teachers), proxy_table(found), sep="\n")
     if args.figures and found:
-        epochs_figure(teachers, ROOT / "figures" / "students_epochs.png")
-        proxies_figure(found, ROOT / "figures" / "students_proxies.png")
+        figures = ROOT / "figures"
+        epochs_figure(teachers, figures / "students_epochs.png")
+        proxies_figure(found, figures / "students_proxies.png")
+        samples_figure(teachers[0], studies[teachers[0]["name"]], figures / "students_samples.png")
 
 
 if __name__ == "__main__":

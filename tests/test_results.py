@@ -146,10 +146,12 @@ def test_the_tables_of_students_equal_their_files_and_the_documentation():
     import students
 
     folder = RESULTS / "students"
-    teachers, _ = students.read(folder)
+    teachers, studies = students.read(folder)
     docs = (ROOT / "docs" / "results.md").read_text()
-    tables = {"table": students.table(teachers)}
-    for name, table in tables.items():
+    for name, table in (
+        ("table", students.table(teachers)),
+        ("proxies", students.proxy_table(students.proxies(teachers, studies))),
+    ):
         assert table == (folder / f"{name}.md").read_text() and table.strip() in docs
 
 
