@@ -31,7 +31,7 @@ run() {  # name, script, flags: its time, also of parts that were stopped, goes 
 
 distil() {  # capacity, seed
     [[ "ad_$1_$2" =~ ^($only)$ && ! -e $buffer ]] && python collect_buffer.py --env-id "$game" \
-        --teacher-path "$weights/teacher.pt" --buffer-path "$buffer" --num-samples 100_000 --num-envs 64
+        --teacher-path "$weights/teacher.pt" --buffer-path "$buffer" --num-samples 135_000 --num-envs 32
     run "ad_$1_$2" actor_distill.py --buffer-path "$buffer" --capacity "$1" --seed "$2"
 }
 
