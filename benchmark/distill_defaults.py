@@ -79,6 +79,8 @@ class Args:
     """game of the buffers"""
     teacher: str = ""
     """name of the teacher of the buffers, as in `benchmark/results/students/`"""
+    label: str = ""
+    """what is unusual about the buffers, for the tables"""
     capacity: str = "low"
     """size of the students"""
     seconds: float = 150.0
@@ -240,6 +242,7 @@ def table(folder):
     lines = [f"| {head}agreement | score (95% interval) |", "|---" * 11 + "|"]
     for x in runs:
         setting = ", ".join(f"{name} {value}" for name, value in x["setting"].items())
+        setting += f", {x['label']}" if x.get("label") else ""
         score = "{mean:.0f} ({ci95[0]:.0f} to {ci95[1]:.0f})".format(**x) if "mean" in x else ""
         form = "| {env_id} | {capacity} | {0} | {seed} | {samples:,} | {seen:,} | {seconds:.0f} | "
         form += "{train/kl:.4f} | {fresh/kl:.4f} | {fresh/agreement:.1%} | {1} |"
@@ -260,7 +263,7 @@ def overview(folder):
     for x in runs:
         other = {k: v for k, v in x["setting"].items() if v != getattr(Setting, k)}
         setting = ", ".join(f"{name} {value}" for name, value in other.items()) or "all defaults"
-        setting += ", second round" if len(x["buffers"]) > 1 else ""
+        setting += f", {x['label']}" if x.get("label") else ""
         score = f"; {x['mean']:,.0f}" if "mean" in x else ""
         cell = f"{x['fresh/reverse_kl']:.4f}{score}"
         found.setdefault(setting, {})[x["env_id"]] = (x["fresh/reverse_kl"], cell)
@@ -285,7 +288,7 @@ def main(args):
             start = time.process_time()
             budget = (args.seconds, args.seen)
             agent, seen, rows = fit(setting, args.capacity, arrays, seed, *budget)
-            about = {"env_id": args.env_id, "teacher": args.teacher}
+            about = {"env_id": args.env_id, "teacher": args.teacher, "label": args.label}
             about |= {"capacity": args.capacity, "seed": seed}
             about |= {"setting": changed(setting), "seconds": time.process_time() - start}
             about |= {"seen": seen, "samples": len(rows), "buffers": list(args.buffer_paths)}

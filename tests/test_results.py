@@ -130,6 +130,24 @@ def test_the_study_of_defaults_chooses_draws_and_moves_samples():
     assert (moved.flatten(1).sum(1) == 28).all(), "all four frames move alike"
 
 
+def test_the_overview_of_the_study_has_runs_of_one_length_and_the_first_seed(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import distill_defaults
+
+    folder = RESULTS / "study"
+    overview = distill_defaults.overview(folder)
+    assert overview == (folder / "overview.md").read_text()
+    assert overview.strip() in (ROOT / "docs" / "results.md").read_text()
+    about = {"env_id": "QbertNoFrameskip-v4", "label": "second round", "setting": {"stride": 8}}
+    of = ((1_350_016, 1, 0.11), (1_350_144, 1, 0.12), (337_536, 1, 0.13), (1_350_016, 2, 0.14))
+    runs = [dict(zip(("seen", "seed", "fresh/reverse_kl"), x, strict=True)) for x in of]
+    runs[0] |= {"label": "", "setting": {"dropout": 0.1}, "mean": 5123.4}
+    text = "\n".join(json.dumps({**about, **run}) for run in runs)
+    (tmp_path / "Qbert.jsonl").write_text(text)
+    rows = distill_defaults.overview(tmp_path).splitlines()[2:]
+    assert rows == ["| dropout 0.1 | 0.1100; 5,123 |", "| stride 8, second round | 0.1200 |"]
+
+
 def test_the_table_of_deployed_files_equals_their_json_and_the_documentation():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import deploy
