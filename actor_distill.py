@@ -2,9 +2,9 @@
 
     python actor_distill.py --capacity medium --epochs 400
 
-The student minimises KL(student || teacher) over the actions, averaged over the batch, or by `--loss
-kl` KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies for
-Proximal Policy Optimization". From a buffer of Q-values it learns by one of the three losses of
+The student minimises KL(student || teacher) over the actions, averaged over the batch, or by
+`--loss kl` KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies
+for Proximal Policy Optimization". From a buffer of Q-values it learns by one of the three losses of
 DQN distillation, Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
 """
 
@@ -20,6 +20,7 @@ import sys
 import time
 import zipfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,7 +75,7 @@ class Args:
 
     # Evaluation
     eval_steps: NonNegativeInt = 1_000_000
-    """steps of the evaluation after distillation, then on to its games' ends; 0 skips it"""
+    """steps of the evaluation after distillation, plus what finishes its games; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
     eval_only: FilePath | None = None
@@ -92,7 +93,7 @@ class Args:
     epochs: PositiveInt = 10
     """passes over the buffer; the paper uses 10 to 400"""
     batch_size: PositiveInt = 64
-    """samples a gradient step, one of each of as many stretches of the buffer"""
+    """samples a gradient step, one from each of as many equal stretches of the buffer"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
     learning_rate: PositiveFloat = 2e-3
@@ -100,16 +101,16 @@ class Args:
     anneal_lr: bool = True
     """let the rate rise over the first 2% of the training, and then fall linearly to 0"""
     loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
-    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the negative
-    log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
+    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the
+    negative log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
     temperature: PositiveFloat | None = None
-    """divides log-probabilities or Q-values for a KL (Eq. 2); default 1, as in Eq. 3, or 0.01"""
+    """divides log-probabilities (default 1, as in Eq. 3) or Q-values (default 0.01) for a KL"""
     value_coef: float = 0.0
     """weight of a squared error that fits the critic to the teacher's values; 0 leaves it random"""
     validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
-    """share of the samples to hold out: whole episodes, or if those are too long, the last stretch"""
+    """share of the samples to hold out: whole episodes or, if these are long, the last stretch"""
     early_stop_patience: NonNegativeInt = 0
-    """stop after so many epochs without a lower held-out loss, and keep the best; 0 runs them all"""
+    """stop after so many epochs without a lower held-out loss and keep the best; 0 runs them all"""
 
 
 def layer_init(layer, std=2**0.5):
@@ -163,8 +164,8 @@ def kl_divergence(target_probs, logits):
 
 
 def reverse_kl(target_probs, logits):
-    """KL(student || teacher) = sum_a q_a log(q_a / p_a), in nats, float32 [B]: shuns what the teacher
-    never does, where Eq. 3 covers all that it does. p counts as 1e-8 or more."""
+    """KL(student || teacher) = sum_a q_a log(q_a / p_a), in nats, float32 [B]: shuns what the
+    teacher never does, where Eq. 3 covers all that it does. p counts as 1e-8 or more."""
     logprobs = logits.log_softmax(-1)
     return (logprobs.exp() * (logprobs - target_probs.clamp(min=1e-8).log())).sum(-1)
 
@@ -177,8 +178,8 @@ def squared_error(target_q, q_values):
 def make_targets(outputs, q_values, loss, temperature):
     """What the student is fitted to, from the teacher's Q-values or probabilities float32 [N, A].
 
-    For a KL softmax(Q / temperature) or softmax(log(p) / temperature), Eq. 2; for "nll" 1 for the
-    best action, 0 for the others; for "mse" the Q-values.
+    For a KL softmax(Q / temperature) or softmax(log(p) / temperature); for "nll" 1 for the best
+    action, 0 for the others; for "mse" the Q-values.
     """
     if loss == "mse":
         return outputs
@@ -346,7 +347,7 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
         get_batch: maps rows int64 [B] to observations, targets and target values.
         strata: rows int64 [B, K]; each of the K batches of an epoch has one row of each stratum. Of
             torchrun's `processes`, this one has share `rank` of the strata.
-        held_out: rows int64 [M], a tensor; `best`: number and loss on them of the best epoch so far.
+        held_out: rows int64 [M], a tensor; `best`: number and loss of the best epoch on them.
 
     Yields after each epoch its number, the best one's, and two dicts to log, one by `validate`.
     """
@@ -501,7 +502,7 @@ def game_seeds(num_envs, *entropy):
 def sample_actions(logits, generator=None, rank=0, processes=1):
     """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
 
-    The noise is share `rank` of that for `processes` times as many.
+    Each of several processes draws the noise of all games and uses its own share, as one would.
     """
     noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
     return (logits - noise.log()).argmax(-1)
@@ -509,11 +510,11 @@ def sample_actions(logits, generator=None, rank=0, processes=1):
 
 @torch.inference_mode()
 def play(agent, envs, eval_steps, seed, greedy, device):
-    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
+    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
-    a bias of the order of one over the games of a slot.
+    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
     nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
@@ -599,7 +600,7 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
 
 
 def share_of_teacher(result, teacher):
-    """A student's mean return as a share of its teacher's, in words; both are evaluations or None."""
+    """A student's mean return as a share of its teacher's, in words, of evaluations or None."""
     if not result or not teacher:
         return "no share of its teacher, since not both are evaluated"
     text = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
@@ -631,7 +632,7 @@ def find_input(path, default, shipped, args):
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     if sys.platform == "linux":
@@ -642,7 +643,7 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
     if processes > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
     return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
 
@@ -678,7 +679,7 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
+    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -734,8 +735,8 @@ def restore(saved, phase, args, agent, optimizer):
         for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     torch.set_rng_state(saved["rng"]["torch"])
-    if torch.cuda.is_available() and saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    if agent.actor.weight.is_cuda and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"], agent.actor.weight.device)
     for name, before in saved["args"].items():
         now = vars(args).get(name, before)
         if now != before and name not in ("resume", "overwrite"):

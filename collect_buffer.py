@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,7 @@ class Args:
 
     # Evaluation, of a teacher whose file holds none
     eval_steps: NonNegativeInt = 100_000
-    """steps of the evaluation before the collection, then on to its games' ends; 0 skips it"""
+    """steps of the evaluation before the collection, plus what finishes its games; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
 
@@ -195,7 +196,7 @@ class Agent(nn.Module):
 def sample_actions(logits, generator=None, rank=0, processes=1):
     """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
 
-    The noise is share `rank` of that for `processes` times as many.
+    Each of several processes draws the noise of all games and uses its own share, as one would.
     """
     noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
     return (logits - noise.log()).argmax(-1)
@@ -235,9 +236,8 @@ def main(args):
     os.replace(f"{args.buffer_path}.tmp", args.buffer_path)
     games = np.isfinite(arrays["episode_returns"]).sum()
     print(f"wrote       {args.buffer_path}, {samples:,} samples, {games} whole games")
-    print(
-        f"next        python actor_distill.py --env-id {args.env_id} --buffer-path {args.buffer_path}"
-    )
+    command = f"actor_distill.py --env-id {args.env_id} --buffer-path"
+    print(f"next        python {command} {args.buffer_path}")
 
 
 @torch.inference_mode()
@@ -256,7 +256,7 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
         seed: of the games and the actions.
         greedy: take the most probable action instead of sampling.
         epsilon: None for a policy; otherwise the outputs are Q-values, which are recorded with
-            their maximum as the value, and this is the chance of a random instead of the best action.
+            their maximum as the value, and this is the chance of a random, not the best action.
         device: where the agent is.
         writer: SummaryWriter for the return of each game that ends, or None.
 
@@ -315,7 +315,7 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
             game_return += reward
             for e in np.flatnonzero(envs.game_over):
                 if playing[e] and writer:
-                    writer.add_scalar("charts/episodic_return", game_return[e], bar.n)
+                    writer.add_scalar("charts/episodic_return", game_return[e], count.sum())
                 game_return[e] = 0
     except KeyboardInterrupt:
         print("\nstopped     what is recorded becomes a shorter buffer", file=sys.stderr)
@@ -425,11 +425,11 @@ def find_input(path, default, shipped, args):
 
 @torch.inference_mode()
 def play(agent, envs, eval_steps, seed, greedy, device):
-    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
+    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
-    a bias of the order of one over the games of a slot.
+    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
     nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
@@ -527,7 +527,7 @@ def resolve_game(env_id):
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     if sys.platform == "linux":
@@ -538,7 +538,7 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
     if processes > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
     return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
 
@@ -565,7 +565,7 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
+    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)

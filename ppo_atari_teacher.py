@@ -10,7 +10,7 @@
 defaults here. What the paper leaves unsaid follows the code that it names, Kostrikov's
 pytorch-a2c-ppo-acktr-gail of November 2018.
 
-One step is one action of the agent, which the emulator repeats for four frames. Every count of
+One step is one action of the agent, which the emulator repeats for four frames. Every total of
 this file is in steps, summed over the games that are played at once.
 """
 
@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,7 +81,7 @@ class Args:
 
     # Evaluation
     eval_steps: NonNegativeInt = 1_000_000
-    """steps of the evaluation after training, then on to its games' ends; 0 skips it"""
+    """steps of the evaluation after training, plus what finishes its games; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
     eval_only: FilePath | None = None
@@ -223,7 +224,7 @@ class Agent(nn.Module):
 def sample_actions(logits, generator=None, rank=0, processes=1):
     """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
 
-    The noise is share `rank` of that for `processes` times as many.
+    Each of several processes draws the noise of all games and uses its own share, as one would.
     """
     noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
     return (logits - noise.log()).argmax(-1)
@@ -239,7 +240,7 @@ def main(args):
 
     batch_size = args.num_envs * args.num_steps
     if args.num_envs % processes or args.total_timesteps < batch_size:
-        sys.exit(f"{processes} must divide --num-envs, --total-timesteps be {batch_size} or more")
+        sys.exit(f"--total-timesteps must be {batch_size} or more, {processes} divide --num-envs")
     if batch_size // processes % args.num_minibatches:
         sys.exit(f"--num-minibatches must divide {batch_size // processes}, a process's steps")
     if rank == 0:
@@ -262,7 +263,7 @@ def main(args):
     writer = open_log(args, checkpoint.get("run_name"), last_saved)
     about = {"phase": "ppo", "env_id": args.env_id, "capacity": args.capacity, "args": vars(args)}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
-    lr = annealed(args, last_saved / total)
+    lr = args.learning_rate * (1 - args.anneal_lr * last_saved / total)
     print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
 
     try:
@@ -316,7 +317,8 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
     next_obs, _ = envs.reset(seed=np.split(seeds, processes)[rank])
     start_time = time.time()
     while global_step < bar.total:
-        optimizer.param_groups[0]["lr"] = annealed(args, global_step / bar.total)
+        done = global_step / bar.total
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * done)
         scalars = []
 
         for step in range(args.num_steps):
@@ -329,7 +331,7 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
             dones[step] = torch.from_numpy(terminated | truncated)
             if truncated.any():  # the game would have gone on: its value stands for the rest
                 final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
-                rewards[step][truncated] += args.gamma * act(agent, final_obs)[2].cpu()
+                rewards[step][truncated] += args.gamma * agent(final_obs)[1].detach().cpu()
 
             global_step += args.num_envs
             bar.update(args.num_envs)
@@ -394,7 +396,7 @@ def gae(rewards, values, dones, last_values, gamma, gae_lambda):
     flows back over an episode's end, where V(s_{t+1}) is 0.
 
     Args:
-        rewards, values, dones: float32 [T, N]: r_t, V(s_t), and 1 where an episode ended with step t.
+        rewards, values, dones: float32 [T, N]: r_t, V(s_t), and 1 where an episode ended with it.
         last_values: float32 [N], value of the observation after the last step.
 
     Returns:
@@ -448,7 +450,7 @@ def minibatch_loss(agent, obs, batch, coefficients):
 
 
 def ppo_update(agent, optimizer, loss_function, obs, batch, coefficients, max_grad_norm):
-    """One optimiser step on one minibatch of observations uint8 [B, 4, 84, 84] and `ppo_loss`'s batch.
+    """One optimiser step on a minibatch: observations uint8 [B, 4, 84, 84], `ppo_loss`'s batch.
 
     `loss_function` is `minibatch_loss`, compiled or not. Returns the statistics of `ppo_loss`; no
     value leaves the device.
@@ -461,18 +463,13 @@ def ppo_update(agent, optimizer, loss_function, obs, batch, coefficients, max_gr
     return statistics.clone()  # CUDA graphs write the next ones to the same place
 
 
-def annealed(args, done):
-    """The learning rate after a share `done`, 0 to 1, of the training."""
-    return args.learning_rate * (1 - done if args.anneal_lr else 1)
-
-
 @torch.inference_mode()
 def play(agent, envs, eval_steps, seed, greedy, device):
-    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, two lists.
+    """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. As long games make a slot's games fewer, the mean over games keeps
-    a bias of the order of one over the games of a slot.
+    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
     nothing in `envs`; `seed` is that of games and actions, apart from torch's own.
@@ -570,7 +567,7 @@ def resolve_game(env_id):
 
 
 def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, and how many they are."""
+    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = torch_deterministic
     if sys.platform == "linux":
@@ -581,7 +578,7 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
     if processes > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
     return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
 
@@ -617,7 +614,7 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits where another does, or it exists."""
+    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -673,8 +670,8 @@ def restore(saved, phase, args, agent, optimizer):
         for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     torch.set_rng_state(saved["rng"]["torch"])
-    if torch.cuda.is_available() and saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    if agent.actor.weight.is_cuda and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"], agent.actor.weight.device)
     for name, before in saved["args"].items():
         now = vars(args).get(name, before)
         if now != before and name not in ("resume", "overwrite"):

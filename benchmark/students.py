@@ -230,33 +230,41 @@ def proxies_figure(found, path):
     figure.savefig(path, dpi=120)
 
 
-def samples_figure(teacher, study, path):
-    """Distance from the teacher over the epochs, a line for each number of samples; `low` students."""
+def samples_lines(teacher, study):
+    """Distance from the teacher of `low` students by (samples, epochs); those of the study, too."""
+    found = {}
+    for z in study:
+        plain = set(z["setting"]) <= {"batch_size", "learning_rate", "stride"} and not z["label"]
+        if plain and (z["setting"]["batch_size"], z["seed"]) == (64, 1):
+            at = (z["samples"], round(z["seen"] / z["samples"]))
+            found.setdefault(at, []).append(z["fresh/reverse_kl"])
+    for z in teacher["students"]:
+        if (z["capacity"], z["loss"], z["num_envs"]) == ("low", "reverse_kl", 128):
+            found.setdefault((z["samples"], z["epochs"]), []).append(z["fresh"]["reverse_kl"])
+    return {at: np.mean(of) for at, of in sorted(found.items())}
+
+
+def samples_figure(teachers, studies, path):
+    """Distance from the teacher over the epochs, a line for each number of samples."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    lines = {}
-    for z in study:
-        plain = set(z["setting"]) <= {"batch_size", "learning_rate", "stride"}
-        if plain and (z["setting"]["batch_size"], len(z["buffers"]), z["seed"]) == (64, 1, 1):
-            at = (z["samples"], round(z["seen"] / z["samples"]))
-            lines.setdefault(at, []).append(z["fresh/reverse_kl"])
-    for z in teacher["students"]:
-        if (z["capacity"], z["loss"], z["num_envs"]) == ("low", "reverse_kl", 128):
-            lines.setdefault((z["samples"], z["epochs"]), []).append(z["fresh"]["reverse_kl"])
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for samples in sorted({x for x, _ in lines}):
-        epochs = sorted(x for n, x in lines if n == samples)
-        means = [np.mean(lines[samples, x]) for x in epochs]
-        axes.plot(epochs, means, "o-", markersize=4, label=f"{samples:,} samples")
-    axes.set(xscale="log", yscale="log", xlabel="epochs", title=f"{teacher['name']}, low")
-    axes.set_ylabel("KL, fresh games, nats")
-    ticks = sorted({x for _, x in lines})
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+    shown = [x for x in teachers if x["name"] in studies]
+    size = (1 + 3 * len(shown), 3.5)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for x, axes in zip(shown, panels[0], strict=True):
+        found = samples_lines(x, studies[x["name"]])
+        for samples in sorted({n for n, _ in found}):
+            line = {epochs: kl for (n, epochs), kl in found.items() if n == samples}
+            axes.plot(line.keys(), line.values(), "o-", markersize=4, label=f"{samples:,} samples")
+        axes.set(xscale="log", yscale="log", xlabel="epochs", title=f"{x['name']}, low")
+        ticks = sorted({epochs for _, epochs in found})
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    panels[0, 0].set_ylabel("KL, fresh games, nats")
+    panels[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -291,7 +299,7 @@ def main(args):
         figures = ROOT / "figures"
         epochs_figure(teachers, figures / "students_epochs.png")
         proxies_figure(found, figures / "students_proxies.png")
-        samples_figure(teachers[0], studies[teachers[0]["name"]], figures / "students_samples.png")
+        samples_figure(teachers, studies, figures / "students_samples.png")
 
 
 if __name__ == "__main__":

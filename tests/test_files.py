@@ -396,7 +396,7 @@ def test_a_rollout_that_does_not_divide_is_refused(inputs):
             message = inputs(module, "out.pt", f"--{name}", value)
             expected = {
                 "num-minibatches": "--num-minibatches must divide 2048, a process's steps",
-                "total-timesteps": "1 must divide --num-envs, --total-timesteps be 2048 or more",
+                "total-timesteps": "--total-timesteps must be 2048 or more, 1 divide --num-envs",
             }[name]
             assert message == expected
     assert not Path("out.pt.lock").exists() and not Path("runs").exists()

@@ -243,6 +243,16 @@ def test_a_stop_in_the_evaluation_keeps_the_training(monkeypatch):
     assert read()["evaluation"] == {"mean": 5.0} and same(read()["model"], saved["model"])
 
 
+def test_a_stop_in_the_evaluation_before_finetuning_leaves_nothing(monkeypatch):
+    about = {"phase": "distilled", "env_id": GAME, "capacity": "low", "args": {}}
+    teacher.save_checkpoint("low.pt", {**about, "model": teacher.Agent("low", 6).state_dict()})
+    monkeypatch.setattr(finetune, "evaluate", interrupt)
+    args = {**PPO, "eval_steps": 1, "total_timesteps": BATCH}
+    with pytest.raises(SystemExit, match="stopped at step 0; pass --resume"):
+        run_main(finetune, finetune.Args(**args, student_path="low.pt", save_path="x.pt"))
+    assert not Path("x.pt").exists()
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -109,14 +109,18 @@ def test_two_processes_play_the_games_of_one_and_update_alike(iterations, limit)
             assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
 
 
-def test_two_processes_finetune_a_student_whose_critic_warms_up():
+@pytest.mark.parametrize("steps", [256, 384])
+def test_two_processes_finetune_a_student_whose_critic_warms_up(steps):
+    """In the first 256 steps, which are two updates of the critic in two processes as in one."""
     agent = distill.Agent("low", 6)
     about = {"phase": "distilled", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
     torch.save({**about, "model": agent.state_dict(), "teacher": None}, "student.pt")
-    flags = ["--student-path=student.pt", "--critic-warmup-updates=1", "--total-timesteps=256"]
+    flags = ["--student-path=student.pt", "--critic-warmup-updates=2", f"--total-timesteps={steps}"]
     saved, _ = trained(finetune, *flags, *PPO)
-    assert saved[0]["global_step"] == saved[1]["global_step"] == 256
+    assert saved[0]["global_step"] == saved[1]["global_step"] == steps
     assert furthest(saved) < 1e-3
+    for x in saved:
+        assert torch.equal(x["model"]["actor.weight"], agent.actor.weight) == (steps == 256)
 
 
 def test_one_process_goes_on_where_two_were_ended():
@@ -162,7 +166,7 @@ def test_one_process_goes_on_where_two_were_ended():
 @pytest.mark.parametrize(
     "module, flags, message",
     [
-        (teacher, {"num_envs": 3}, "2 must divide --num-envs"),
+        (teacher, {"num_envs": 3}, "2 divide --num-envs"),
         (
             teacher,
             {"num_envs": 2, "num_minibatches": 3, "num_steps": 128},
