@@ -173,6 +173,22 @@ def test_the_tables_of_students_equal_their_files_and_the_documentation():
         assert table == (folder / f"{name}.md").read_text() and table.strip() in docs
 
 
+def test_the_distance_over_samples_takes_plain_low_students():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import students
+
+    plain = {"batch_size": 64, "learning_rate": 0.002}
+    run = {"seed": 1, "label": "", "samples": 100, "seen": 502, "fresh/reverse_kl": 0.4}
+    study = [{**run, "setting": {**plain, "stride": 4}}, {**run, "setting": plain, "label": "x"}]
+    study += [{**run, "setting": {**plain, "dropout": 0.1}}, {**run, "setting": plain, "seed": 2}]
+    about = {"capacity": "low", "loss": "reverse_kl", "num_envs": 128, "samples": 400, "epochs": 5}
+    found = [{**about, "fresh": {"reverse_kl": kl}} for kl in (0.1, 0.3)]
+    others = ({"capacity": "medium"}, {"loss": "kl"}, {"num_envs": 16})
+    found += [{**about, **other, "fresh": {"reverse_kl": 9.0}} for other in others]
+    lines = students.samples_lines({"students": found}, study)
+    assert lines == {(100, 5): pytest.approx(0.4), (400, 5): pytest.approx(0.2)}
+
+
 def test_the_share_of_a_teacher_has_an_interval_that_covers_it():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import students
