@@ -52,8 +52,8 @@ class Setting:
     """share of the hidden layer that is left out"""
     weight_decay: float = 0.0
     """decoupled weight decay"""
-    reverse: bool = True
-    """minimise KL(student || teacher); otherwise Eq. 3"""
+    reverse: float = 1.0
+    """share of KL(student || teacher) in the loss; the rest is Eq. 3"""
     temperature: float = 1.0
     """divides the teacher's log-probabilities, as the flag of the script"""
     slots: int = 0
@@ -103,12 +103,7 @@ def parse(text):
     """A Setting from `name=value,name=value`."""
     kinds = {field.name: field.type for field in dataclasses.fields(Setting)}
     pairs = [part.split("=") for part in text.split(",") if part]
-    return Setting(
-        **{
-            name: kinds[name](float(v)) if kinds[name] is bool else kinds[name](v)
-            for name, v in pairs
-        }
-    )
+    return Setting(**{name: kinds[name](value) for name, value in pairs})
 
 
 def changed(setting):
@@ -194,7 +189,11 @@ def fit(setting, capacity, arrays, seed, seconds=0.0, seen=0):
         optimizer = torch.optim.AdamW(weights, **options)
     else:
         optimizer = torch.optim.SGD(weights, momentum=0.9, fused=True)
-    divergence = distill.reverse_kl if setting.reverse else distill.kl_divergence
+
+    def divergence(probs, logits):
+        reverse, forward = (f(probs, logits) for f in (distill.reverse_kl, distill.kl_divergence))
+        return setting.reverse * reverse + (1 - setting.reverse) * forward
+
     drop = agent.network[8].register_forward_hook(
         lambda _, __, x: F.dropout(x, setting.dropout) if setting.dropout else x
     )

@@ -252,11 +252,13 @@ def samples_figure(teachers, studies, path):
     shown = [x for x in teachers if x["name"] in studies]
     size = (1 + 3 * len(shown), 3.5)
     figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    colors = {}
     for x, axes in zip(shown, panels[0], strict=True):
         found = samples_lines(x, studies[x["name"]])
         for samples in sorted({n for n, _ in found}):
             line = {epochs: kl for (n, epochs), kl in found.items() if n == samples}
-            axes.plot(line.keys(), line.values(), "o-", markersize=4, label=f"{samples:,} samples")
+            style = {"color": colors.setdefault(samples, f"C{len(colors)}"), "markersize": 4}
+            axes.plot(line.keys(), line.values(), "o-", **style, label=f"{samples:,} samples")
         axes.set(xscale="log", yscale="log", xlabel="epochs", title=f"{x['name']}, low")
         ticks = sorted({epochs for _, epochs in found})
         axes.set_xticks(ticks, map(str, ticks))

@@ -91,8 +91,8 @@ def test_the_table_of_defaults_equals_its_json_and_settings_are_read():
     folder = RESULTS / "defaults"
     assert distill_defaults.table(folder) == (folder / "table.md").read_text()
     setting = distill_defaults.parse("batch_size=256,learning_rate=8e-3,reverse=0,schedule=cosine")
-    assert (setting.batch_size, setting.learning_rate, setting.reverse) == (256, 8e-3, False)
-    assert distill_defaults.changed(setting)["reverse"] is False
+    assert (setting.batch_size, setting.learning_rate, setting.reverse) == (256, 8e-3, 0)
+    assert distill_defaults.changed(setting)["reverse"] == 0
     shares = [distill_defaults.share_of_rate(setting, done) for done in (0.01, 0.5, 1)]
     np.testing.assert_allclose(shares, [0.5, 0.5, 0], atol=1e-12)
 
