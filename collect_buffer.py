@@ -196,7 +196,7 @@ class Agent(nn.Module):
 def sample_actions(logits, generator=None, rank=0, processes=1):
     """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
 
-    Each of several processes draws the noise of all games and uses its own share, as one would.
+    Each of several processes draws the noise of all games, and uses its own share of it.
     """
     noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
     return (logits - noise.log()).argmax(-1)

@@ -224,7 +224,7 @@ class Agent(nn.Module):
 def sample_actions(logits, generator=None, rank=0, processes=1):
     """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
 
-    Each of several processes draws the noise of all games and uses its own share, as one would.
+    Each of several processes draws the noise of all games, and uses its own share of it.
     """
     noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
     return (logits - noise.log()).argmax(-1)
@@ -240,7 +240,7 @@ def main(args):
 
     batch_size = args.num_envs * args.num_steps
     if args.num_envs % processes or args.total_timesteps < batch_size:
-        sys.exit(f"--total-timesteps must be {batch_size} or more, {processes} divide --num-envs")
+        sys.exit(f"--num-envs must be a multiple of {processes}, --total-timesteps {batch_size:,}+")
     if batch_size // processes % args.num_minibatches:
         sys.exit(f"--num-minibatches must divide {batch_size // processes}, a process's steps")
     if rank == 0:
@@ -396,7 +396,7 @@ def gae(rewards, values, dones, last_values, gamma, gae_lambda):
     flows back over an episode's end, where V(s_{t+1}) is 0.
 
     Args:
-        rewards, values, dones: float32 [T, N]: r_t, V(s_t), and 1 where an episode ended with it.
+        rewards, values, dones: float32 [T, N]: r_t, V(s_t), and 1 if an episode ended with step t.
         last_values: float32 [N], value of the observation after the last step.
 
     Returns:

@@ -396,7 +396,7 @@ def test_a_rollout_that_does_not_divide_is_refused(inputs):
             message = inputs(module, "out.pt", f"--{name}", value)
             expected = {
                 "num-minibatches": "--num-minibatches must divide 2048, a process's steps",
-                "total-timesteps": "--total-timesteps must be 2048 or more, 1 divide --num-envs",
+                "total-timesteps": "--num-envs must be a multiple of 1, --total-timesteps 2,048+",
             }[name]
             assert message == expected
     assert not Path("out.pt.lock").exists() and not Path("runs").exists()

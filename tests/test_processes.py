@@ -166,7 +166,7 @@ def test_one_process_goes_on_where_two_were_ended():
 @pytest.mark.parametrize(
     "module, flags, message",
     [
-        (teacher, {"num_envs": 3}, "2 divide --num-envs"),
+        (teacher, {"num_envs": 3}, "--num-envs must be a multiple of 2"),
         (
             teacher,
             {"num_envs": 2, "num_minibatches": 3, "num_steps": 128},
