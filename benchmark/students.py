@@ -12,6 +12,7 @@ evaluation. Only adding needs torch, only drawing matplotlib.
 
 import itertools
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,12 @@ def share(students, teacher, draws=2000):
 
 
 def usual(students, capacity, loss):
-    """The students of a capacity by one loss: the most seeds of equal data and epochs."""
+    """The students of a capacity by one loss: most seeds of equal data, then most epochs."""
     groups = {}
     for x in students:
         if x["capacity"] == capacity and x["loss"] == loss:
             groups.setdefault((x["samples"], x["num_envs"], x["epochs"]), []).append(x)
-    best = max(groups.values(), key=len, default=[])
+    best = max(groups.values(), key=lambda of: (len(of), of[0]["epochs"]), default=[])
     return sorted(best, key=lambda x: x["seed"])
 
 
@@ -168,10 +169,13 @@ def epochs_figure(teachers, path):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    teachers = [
-        {**x, "students": [z for z in x["students"] if z["loss"] == "reverse_kl"]} for x in teachers
-    ]
-    shown = [x for x in teachers if len({z["epochs"] for z in x["students"]}) >= 3]
+    shown = []
+    for x in teachers:
+        of = [z for z in x["students"] if z["loss"] == "reverse_kl"]
+        samples = statistics.mode([z["samples"] for z in of] or [0])
+        of = [z for z in of if z["samples"] == samples]
+        if len({z["epochs"] for z in of}) >= 3:
+            shown.append({**x, "students": of})
     figure, rows = plt.subplots(
         2,
         len(shown),

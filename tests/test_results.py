@@ -189,6 +189,22 @@ def test_the_distance_over_samples_takes_plain_low_students():
     assert lines == {(100, 5): pytest.approx(0.4), (400, 5): pytest.approx(0.2)}
 
 
+def test_a_row_shows_the_most_seeds_of_equal_data_then_the_most_epochs():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import students
+
+    def student(seed, epochs, samples=540):
+        return dict(
+            capacity="low", loss="kl", samples=samples, num_envs=1, epochs=epochs, seed=seed
+        )
+
+    one_each = [student(1, 1), student(1, 10), student(1, 5)]
+    assert students.usual(one_each, "low", "kl") == [student(1, 10)]
+    three = [student(2, 5), student(3, 5), student(4, 5, samples=9)]
+    assert students.usual(one_each + three, "low", "kl") == [student(i, 5) for i in (1, 2, 3)]
+    assert students.usual(one_each, "medium", "kl") == []
+
+
 def test_the_share_of_a_teacher_has_an_interval_that_covers_it():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import students
