@@ -194,9 +194,8 @@ def test_a_row_shows_the_most_seeds_of_equal_data_then_the_most_epochs():
     import students
 
     def student(seed, epochs, samples=540):
-        return dict(
-            capacity="low", loss="kl", samples=samples, num_envs=1, epochs=epochs, seed=seed
-        )
+        about = {"capacity": "low", "loss": "kl", "num_envs": 1}
+        return {**about, "samples": samples, "epochs": epochs, "seed": seed}
 
     one_each = [student(1, 1), student(1, 10), student(1, 5)]
     assert students.usual(one_each, "low", "kl") == [student(1, 10)]
