@@ -2,9 +2,9 @@
 
     python benchmark/expect.py
 
-Runs each once, in a temporary folder: the first command of the README, its chain of four small ones
-with Pong as the game, and one iteration at the paper's settings, by both readings of its batch
-size. Writes `benchmark/results/expect.{md,json}`.
+Runs each once, in a temporary folder: the first command of the README, its chain of four small ones,
+and one iteration at the paper's settings, by both readings of its batch size. Writes
+`benchmark/results/expect.{md,json}`.
 """
 
 import json
@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+GAME = "--env-id BreakoutNoFrameskip-v4"
 SMALL = "--num-steps 128 --num-minibatches 8 --update-epochs 3 --eval-steps 8_000"
 SESSIONS = (  # commands that share a folder
     ["actor_distill.py --capacity medium --epochs 10 --eval-steps 50_000"],
     [
-        f"ppo_atari_teacher.py --total-timesteps 16_384 {SMALL}",
-        "collect_buffer.py --num-samples 10_000",
-        "actor_distill.py --epochs 3 --eval-steps 8_000",
-        f"finetune_student.py --total-timesteps 8_192 {SMALL}",
+        f"ppo_atari_teacher.py {GAME} --total-timesteps 16_384 {SMALL}",
+        f"collect_buffer.py {GAME} --num-samples 10_000",
+        f"actor_distill.py {GAME} --epochs 3 --eval-steps 8_000",
+        f"finetune_student.py {GAME} --total-timesteps 8_192 {SMALL}",
     ],
     ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0"],
     ["ppo_atari_teacher.py --total-timesteps 32_768 --eval-steps 0 --num-minibatches 1024"],
