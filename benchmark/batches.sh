@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What do the paper's "batch sizes of 32" mean? Its rollout, for as many steps as you can wait for, in 32
 # minibatches (of 1,024 samples) and in 1,024 minibatches (of 32). The learning rate stays at its start, as
-# it nearly does in the first steps of the paper's 75M. `python benchmark/figures.py` draws the curves.
+# it nearly does in the first steps of 75M. `python benchmark/figures.py` draws the curves.
 #
 #     bash benchmark/batches.sh PongNoFrameskip-v4 327680 1
 #

@@ -75,11 +75,12 @@ def mean_interval(found, resamples=2000):
 def cells(found, teacher, reference, column):
     """One game's cells of one row."""
     if not found:
-        return ["–"] * 5 + [f"{reference[column]:,}"]
+        return ["–"] * 6 + [f"{reference[column]:,}"]
     seeds = [run["mean"] for run in found]
     low, high = mean_interval(found)
     return [
         f"{np.mean(seeds):,.2f}",
+        f"{max(run['max'] for run in found):,.0f}",
         ", ".join(f"{mean:,.2f}" for mean in seeds),
         str(sum(run["episodes"] for run in found)),
         f"{low:,.2f} to {high:,.2f}",
@@ -91,13 +92,14 @@ def cells(found, teacher, reference, column):
 def games_table(results):
     """Markdown: for each game the rows of Table 3."""
     columns = (
-        "policy | mean | each seed's mean | games | 95% interval | of its teacher | paper's mean"
+        "policy | mean | high score | each seed's mean | games | 95% interval | of its teacher "
+        "| paper's mean"
     )
     lines = []
     for game, reference in REFERENCE.items():
         folder = Path(results, f"{game}NoFrameskip-v4", "games")
         teacher = next((run["mean"] for run in runs(folder, "teacher")), None)
-        lines += [f"### {game}", "", f"| {columns} |", "|" + "---|" * 7]
+        lines += [f"### {game}", "", f"| {columns} |", "|" + "---|" * 8]
         for row, (pattern, column) in ROWS.items():
             row_cells = cells(runs(folder, pattern), teacher, reference, column)
             lines.append(f"| {row} | {' | '.join(row_cells)} |")

@@ -71,8 +71,8 @@ def test_the_table_of_the_games_equals_their_files():
     low, high = table3.mean_interval(runs)
     assert 1 <= low < 4 and 10 < high <= 13, "the seeds are resampled, not the games alone"
     reference = table3.REFERENCE["Breakout"]
-    cells = table3.cells([{"mean": 2.0, "episodes": 2, **runs[0]}], 4.0, reference, 5)
-    assert cells == ["2.00", "2.00", "2", "1.00 to 3.00", "50%", "248"]
+    cells = table3.cells([{"mean": 2.0, "max": 3.0, "episodes": 2, **runs[0]}], 4.0, reference, 5)
+    assert cells == ["2.00", "3", "2.00", "2", "1.00 to 3.00", "50%", "248"]
 
 
 def test_the_losses_table_equals_its_json():
