@@ -1,6 +1,8 @@
 """Phase 3 of actor distillation: fit a fresh student to the teacher's replay buffer, offline.
 
     python actor_distill.py --capacity medium --epochs 400
+    python actor_distill.py --resume                              # go on after an interruption
+    python actor_distill.py --eval-only checkpoints/PongNoFrameskip-v4/distilled_medium.pt
 
 The student minimises KL(student || teacher) over the actions, averaged over the batch, or by
 `--loss kl` KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies
@@ -48,7 +50,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 @dataclass
 class Args:
     # Experiment
-    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "actor_distill"
+    exp_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "actor_distill"
     """name of this experiment, part of the run's name"""
     seed: NonNegativeInt = 1
     """seed of the initial weights, the held-out share, the shuffles and the games"""
@@ -85,7 +87,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"
     """gymnasium id of the game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
     num_envs: PositiveInt = 16
-    """games played at once"""
+    """games played at once in the evaluation"""
     repeat_action_probability: Fraction = 0.0
     """sticky actions: chance that the emulator repeats the last action in a frame"""
 
@@ -93,7 +95,7 @@ class Args:
     epochs: PositiveInt = 10
     """passes over the buffer; the paper uses 10 to 400"""
     batch_size: PositiveInt = 64
-    """samples a gradient step, one from each of as many equal stretches of the buffer"""
+    """samples per gradient step; the buffer has as many equal stretches, and each gives one"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
     learning_rate: PositiveFloat = 2e-3
@@ -248,7 +250,8 @@ def main(args):
     device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        return evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
+        agent = agent.to(device, memory_format=torch.channels_last)
+        return evaluate(agent, rom, args, checkpoint, open_log(args))
 
     if rank == 0:
         claim(args.save_path, args.overwrite or args.resume)
@@ -259,17 +262,17 @@ def main(args):
         sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
     args.temperature = args.temperature or (0.01 if q_values else 1.0)
     train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
-    new = unseen(*buffer[:2], train_rows, held_out)
-    print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
-    held_out = new if len(new) else held_out
+    new_rows = unseen(*buffer[:2], train_rows, held_out)
+    print(
+        f"held out    {len(held_out):,} samples, {len(new_rows):,} of them unlike any to train on"
+    )
+    held_out = new_rows if len(new_rows) else held_out
     batch_size = min(args.batch_size, len(train_rows))
     if batch_size % processes:
         sys.exit(f"--batch-size {batch_size} must be a multiple of the {processes} processes")
     strata = train_rows[: len(train_rows) // batch_size * batch_size].reshape(batch_size, -1)
     total = args.epochs * strata.size
-    if processes > 1:
-        strata = np.split(strata, processes)[rank]
-        buffer, strata, held_out = own_part(buffer, strata, held_out)
+    strata = np.split(strata, processes)[rank]
     frames, stack_index, outputs, values = (torch.from_numpy(array).to(device) for array in buffer)
     targets = make_targets(outputs, q_values, args.loss, args.temperature)
 
@@ -286,6 +289,8 @@ def main(args):
     optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    teacher = meta.get("teacher") or {}
+    args.teacher = teacher.get("sha256")  # no flag: for W&B's config
     criterion, best = f"validation/{args.loss}", (0, math.inf)
     if checkpoint:
         restore(checkpoint, "distilled", args, agent, optimizer)
@@ -297,11 +302,10 @@ def main(args):
     if rank:  # process 0 alone logs, saves and evaluates
         return list(epochs)
 
-    args.teacher = meta["teacher"].get("sha256")  # no flag: for W&B's config
     writer = open_log(args, checkpoint.get("run_name"), start)
     about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
     about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
-    about |= {"args": vars(args), "teacher": meta["teacher"]}
+    about |= {"args": vars(args), "teacher": teacher}
     lr = f"{scheduled(args, start / total):.3g} of {args.learning_rate:g}"
     print(f"run         {writer.log_dir} on {device}, sample {start:,}, learning rate {lr}")
 
@@ -336,7 +340,7 @@ def main(args):
     if args.loss != "mse":  # which gives PPO no policy to start from
         command = "finetune_student.py --student-path"
         print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
-    share = share_of_teacher(checkpoint.get("evaluation"), meta["teacher"]["evaluation"])
+    share = share_of_teacher(checkpoint.get("evaluation"), teacher.get("evaluation"))
     print(f"student     {share}")
 
 
@@ -369,8 +373,8 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
         order = np.take_along_axis(strata, np.split(shuffled, processes)[rank], axis=1)
         sums = torch.zeros(2, device=held_out.device)
         for i, rows in enumerate(torch.from_numpy(order.T.copy()).to(held_out.device)):
-            done = (epoch - 1 + i / len(order.T)) / args.epochs
-            optimizer.param_groups[0]["lr"] = scheduled(args, done)
+            fraction = (epoch - 1 + i / len(order.T)) / args.epochs
+            optimizer.param_groups[0]["lr"] = scheduled(args, fraction)
             batch = (*get_batch(rows), args.value_coef, divergence)
             sums += distill_update(learner, optimizer, loss_function, *batch)
             bar.update(processes * len(rows))
@@ -428,16 +432,6 @@ def split_episodes(episode_index, fraction, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def own_part(buffer, strata, held_out):
-    """What one of several processes keeps: the buffer's arrays, and its own rows of them."""
-    frames, stack_index, *rest = buffer
-    rows = np.concatenate((strata.ravel(), held_out))
-    used, stack_index = np.unique(stack_index[rows], return_inverse=True)
-    buffer = (frames[used], stack_index, *(array[rows] for array in rest))
-    train_rows, held_out = np.split(np.arange(len(rows)), [strata.size])
-    return buffer, train_rows.reshape(strata.shape), held_out
-
-
 def unseen(frames, stack_index, train_rows, held_out):
     """The held-out rows whose observation is no training row's; many are, as games start alike."""
     checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
@@ -445,9 +439,9 @@ def unseen(frames, stack_index, train_rows, held_out):
     return held_out[~np.isin(observations[held_out], observations[train_rows])]
 
 
-def scheduled(args, done):
-    """The learning rate after a share `done`, 0 to 1, of the training."""
-    return args.learning_rate * (min(done / 0.02, 1 - done) if args.anneal_lr else 1)
+def scheduled(args, fraction):
+    """The learning rate after a `fraction`, 0 to 1, of the training."""
+    return args.learning_rate * (min(fraction / 0.02, 1 - fraction) if args.anneal_lr else 1)
 
 
 class AtariEnvs(AtariVectorEnv):
@@ -564,8 +558,8 @@ def summarize(returns):
 def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    A student of Q-values plays its best action. Of `checkpoint`, env_id, phase, capacity,
-    checkpoint, args and global_step are read. Returns what is written but each game's figures.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
+    global_step and teacher are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
@@ -573,8 +567,8 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
     flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
     result = {
-        **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
-        **{name: getattr(args, name) for name in flags},
+        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
+        **{key: getattr(args, key) for key in flags},
         "greedy": greedy,
         "steps": sum(lengths),
         **summarize(returns),
@@ -641,7 +635,8 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", "0"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -649,7 +644,7 @@ def set_up_torch(seed, cuda, torch_deterministic):
 
 
 def gathered(x):
-    """Tensor `x` of each of torchrun's processes, [P, ...], the same in all of them."""
+    """The tensors `x` of all of torchrun's processes, [P, ...]; each process gets them all."""
     if not torch.distributed.is_initialized():
         return x.unsqueeze(0)
     every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
@@ -664,7 +659,7 @@ def progress(**options):
 
 
 def open_log(args, run_name=None, global_step=0):
-    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; drops what came after global_step."""
+    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; hides what came after global_step."""
     started = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_name = run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{started}"
     if args.track:
@@ -679,14 +674,12 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
+    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
-        sys.exit(f"{path}: cannot be written ({error}); pass another path")
+        sys.exit(f"{path}: in use by another run, or not writable ({error}); pass another path")
     if os.path.isdir(path) or (os.path.exists(path) and not replace):
         sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 

@@ -57,7 +57,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 @dataclass
 class Args:
     # Experiment
-    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "collect_buffer"
+    exp_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "collect_buffer"
     """name of this experiment, part of the run's name"""
     seed: NonNegativeInt = 1
     """seed of the games and the sampled actions"""
@@ -95,7 +95,7 @@ class Args:
     num_samples: Annotated[int, Field(ge=2)] = 540_000
     """steps to record, all games together; DQN distillation used ten hours of play, 540,000"""
     greedy: bool = False
-    """play the most probable action instead of sampling from the policy"""
+    """play the most probable action of a policy instead of sampling"""
     epsilon: Fraction = 0.05
     """chance that a teacher with Q-values plays a random action instead of its best"""
 
@@ -251,7 +251,7 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
 
     Args:
         agent: maps observations uint8 [n, 4, 84, 84] to (logits or Q-values, values).
-        envs: AtariEnvs of n games, a lost life being no end.
+        envs: AtariEnvs of n games, in which a lost life ends nothing.
         num_samples: N, steps to record over all slots; games under way are then cut off.
         seed: of the games and the actions.
         greedy: take the most probable action instead of sampling.
@@ -287,8 +287,8 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
             if epsilon is not None:
                 value, action = outputs.max(-1)
                 explores = torch.rand(n, generator=generator, device=device) < epsilon
-                random = torch.randint(num_actions, (n,), generator=generator, device=device)
-                action = torch.where(explores, random, action)
+                random_action = torch.randint(num_actions, (n,), generator=generator, device=device)
+                action = torch.where(explores, random_action, action)
             else:
                 action = outputs.argmax(-1) if greedy else sample_actions(outputs, generator)
                 outputs = outputs.softmax(-1)
@@ -479,8 +479,8 @@ def summarize(returns):
 def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    A student of Q-values plays its best action. Of `checkpoint`, env_id, phase, capacity,
-    checkpoint, args and global_step are read. Returns what is written but each game's figures.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
+    global_step and teacher are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
@@ -488,8 +488,8 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
     flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
     result = {
-        **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
-        **{name: getattr(args, name) for name in flags},
+        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
+        **{key: getattr(args, key) for key in flags},
         "greedy": greedy,
         "steps": sum(lengths),
         **summarize(returns),
@@ -536,7 +536,8 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", "0"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -550,7 +551,7 @@ def progress(**options):
 
 
 def open_log(args, run_name=None, global_step=0):
-    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; drops what came after global_step."""
+    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; hides what came after global_step."""
     started = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_name = run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{started}"
     if args.track:
@@ -565,14 +566,12 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
+    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
-        sys.exit(f"{path}: cannot be written ({error}); pass another path")
+        sys.exit(f"{path}: in use by another run, or not writable ({error}); pass another path")
     if os.path.isdir(path) or (os.path.exists(path) and not replace):
         sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 

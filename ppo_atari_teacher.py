@@ -53,7 +53,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 @dataclass
 class Args:
     # Experiment
-    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "ppo_atari_teacher"
+    exp_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "ppo_atari_teacher"
     """name of this experiment, part of the run's name"""
     seed: NonNegativeInt = 1
     """seed of the games, the initial weights, the actions and the minibatches"""
@@ -236,7 +236,8 @@ def main(args):
     device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        return evaluate(agent.to(device), rom, args, checkpoint, open_log(args))
+        agent = agent.to(device, memory_format=torch.channels_last)
+        return evaluate(agent, rom, args, checkpoint, open_log(args))
 
     batch_size = args.num_envs * args.num_steps
     if args.num_envs % processes or args.total_timesteps < batch_size:
@@ -317,12 +318,12 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
     next_obs, _ = envs.reset(seed=np.split(seeds, processes)[rank])
     start_time = time.time()
     while global_step < bar.total:
-        done = global_step / bar.total
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * done)
+        fraction = global_step / bar.total
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
         scalars = []
 
         for step in range(args.num_steps):
-            obs[step] = torch.from_numpy(next_obs).permute(0, 2, 3, 1)
+            obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
             forced[step] = torch.from_numpy(envs.forced)
             decision = act(agent, obs[step].permute(0, 3, 1, 2), rank, processes)
             actions[step], logprobs[step], values[step] = decision
@@ -348,8 +349,8 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
         advantages = advantages.to(device)
         returns = advantages + values
         if args.norm_adv:
-            every = gathered(advantages)
-            advantages = (advantages - every.mean()) / (every.std() + 1e-5)
+            all_advantages = gathered(advantages)
+            advantages = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-5)
         advantages *= 1 - forced  # FIRE was not the policy's choice
 
         b_obs = obs.flatten(0, 1)
@@ -361,8 +362,8 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
                 mb_obs = b_obs.index_select(0, mb).permute(0, 3, 1, 2)
                 minibatch = (mb_obs, [x[mb] for x in b_rest], coefficients, args.max_grad_norm)
                 statistics.append(ppo_update(learner, optimizer, loss_function, *minibatch))
-            last = gathered(torch.stack(statistics[-args.num_minibatches :]).mean(0)).mean(0)
-            if args.target_kl and last[4] > args.target_kl:  # approx_kl
+            last = torch.stack(statistics[-args.num_minibatches :]).mean(0)
+            if args.target_kl and gathered(last).mean(0)[4] > args.target_kl:  # approx_kl
                 break
 
         losses = gathered(torch.stack(statistics).mean(0)).mean(0).tolist()
@@ -370,9 +371,9 @@ def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
             sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         metrics = {f"losses/{name}": x for name, x in zip(names, losses, strict=True)}
-        every = gathered(returns)
-        if every.var() > 1e-8:
-            unexplained = gathered(returns - values).var() / every.var()
+        all_returns = gathered(returns)
+        if all_returns.var() > 1e-8:
+            unexplained = gathered(returns - values).var() / all_returns.var()
             metrics["losses/explained_variance"] = 1 - unexplained.item()
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -519,8 +520,8 @@ def summarize(returns):
 def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    A student of Q-values plays its best action. Of `checkpoint`, env_id, phase, capacity,
-    checkpoint, args and global_step are read. Returns what is written but each game's figures.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
+    global_step and teacher are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
     envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
@@ -528,8 +529,8 @@ def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
     flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
     result = {
-        **{name: checkpoint[name] for name in ("env_id", "phase", "capacity", "checkpoint")},
-        **{name: getattr(args, name) for name in flags},
+        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
+        **{key: getattr(args, key) for key in flags},
         "greedy": greedy,
         "steps": sum(lengths),
         **summarize(returns),
@@ -576,7 +577,8 @@ def set_up_torch(seed, cuda, torch_deterministic):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank, processes = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", "0"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -584,7 +586,7 @@ def set_up_torch(seed, cuda, torch_deterministic):
 
 
 def gathered(x):
-    """Tensor `x` of each of torchrun's processes, [P, ...], the same in all of them."""
+    """The tensors `x` of all of torchrun's processes, [P, ...]; each process gets them all."""
     if not torch.distributed.is_initialized():
         return x.unsqueeze(0)
     every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
@@ -599,7 +601,7 @@ def progress(**options):
 
 
 def open_log(args, run_name=None, global_step=0):
-    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; drops what came after global_step."""
+    """A SummaryWriter for `runs/{run_name}`, mirrored by W&B; hides what came after global_step."""
     started = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_name = run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{started}"
     if args.track:
@@ -614,14 +616,12 @@ def open_log(args, run_name=None, global_step=0):
 
 
 def claim(path, replace):
-    """Keep `path` for this process to write until it ends; exits if another does, or it exists."""
+    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path}: another run is writing it; pass another path")
     except OSError as error:
-        sys.exit(f"{path}: cannot be written ({error}); pass another path")
+        sys.exit(f"{path}: in use by another run, or not writable ({error}); pass another path")
     if os.path.isdir(path) or (os.path.exists(path) and not replace):
         sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 

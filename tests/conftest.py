@@ -92,7 +92,7 @@ def buffer_arrays(num_samples=20, env_id="PongNoFrameskip-v4"):
     """The arrays of a buffer of noise, as `collect_buffer.py` names them: two games."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(num_samples, 6))
-    meta = {"env_id": env_id, "teacher": {"evaluation": None}}
+    meta = {"env_id": env_id}
     return {
         "frames": rng.integers(256, size=(num_samples + 1, 84, 84), dtype=np.uint8),
         "stack_index": rng.integers(num_samples + 1, size=(num_samples, 4), dtype=np.int32),

@@ -182,17 +182,3 @@ def test_what_does_not_divide_is_refused(module, flags, message, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         run_main(module, module.Args(**flags))
     assert not Path("checkpoints").exists() or not list(Path("checkpoints").glob("*/*.pt"))
-
-
-def test_a_part_of_a_buffer_holds_the_same_samples():
-    rng = np.random.default_rng(0)
-    frames = rng.integers(256, size=(50, 84, 84), dtype=np.uint8)
-    stack_index = rng.integers(50, size=(40, 4), dtype=np.int32)
-    outputs, values = rng.random((40, 6)), rng.random(40)
-    strata, held_out = np.arange(12).reshape(3, 4) + 20, np.array([1, 5])
-    part, own, kept = distill.own_part((frames, stack_index, outputs, values), strata, held_out)
-    for rows, mine in ((strata, own), (held_out, kept)):
-        np.testing.assert_array_equal(part[0][part[1][mine]], frames[stack_index[rows]])
-        np.testing.assert_array_equal(part[2][mine], outputs[rows])
-        np.testing.assert_array_equal(part[3][mine], values[rows])
-    assert len(part[0]) == len(np.unique(stack_index[[*strata.ravel(), *held_out]])) < 50
