@@ -1,6 +1,7 @@
 """Distillation against values worked by hand, and on a small real buffer."""
 
 import functools
+import json
 import math
 import re
 import shutil
@@ -367,14 +368,20 @@ def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(
     assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_resume_may_go_on_with_another_loss(small_buffer, tmp_path, monkeypatch, capsys):
-    path, _ = small_buffer
+def test_a_resume_may_go_on_with_another_loss_and_teacher(
+    small_buffer, tmp_path, monkeypatch, capsys
+):
+    path, buffer = small_buffer
     distilled(path, tmp_path, monkeypatch, epochs=1)
     (tmp_path / "student.pt.lock").unlink()
+    meta = json.loads(str(buffer["meta"]))
+    meta["teacher"]["sha256"] = "other"
+    np.savez(tmp_path / "other.npz", **{**buffer, "meta": np.array(json.dumps(meta))})
     flags = {"epochs": 2, "loss": "reverse_kl", "resume": True, "early_stop_patience": 1}
-    student = distilled(path, tmp_path, monkeypatch, **flags)
+    student = distilled("other.npz", tmp_path, monkeypatch, **flags)
     assert student["epoch"] == 2 and "validation/reverse_kl" in student["validation"]
-    assert "with --loss reverse_kl; it was kl" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "with --loss reverse_kl; it was kl" in printed and "with --teacher other;" in printed
 
 
 def test_share_of_teacher():
