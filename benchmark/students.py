@@ -143,7 +143,7 @@ def proxies(teachers, studies):
         of = found.setdefault(x["name"], [])
         of += [(z["mean"] / x["evaluation"]["mean"], z["fresh"]) for z in x["students"]]
         for z in studies.get(x["name"], []):
-            if "mean" not in z:
+            if not z.get("mean"):  # not evaluated, or it plays one action alone
                 continue
             fresh = {name: z[f"fresh/{name}"] for name in PROXIES}
             of.append((z["mean"] / x["evaluation"]["mean"], fresh))
