@@ -42,12 +42,15 @@ def test_every_file_is_in_the_table_with_its_sha256():
         assert f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`" in rows[name], name
 
 
-@pytest.mark.parametrize("game", GAMES)
-def test_teacher_is_stripped_small_and_as_good_as_its_row_says(game):
-    path = PRETRAINED / game / "ppo_high.pt"
-    checkpoint, _ = distill.load_checkpoint(path, game, "")
-    assert not {"optimizer", "rng"} & checkpoint.keys() and path.stat().st_size < 7e6
-    result, row = checkpoint["evaluation"], " ".join(table_rows()[f"{game}/ppo_high.pt"])
+@pytest.mark.parametrize(
+    "file", sorted(f"{x.parent.name}/{x.name}" for x in PRETRAINED.glob("*/*.pt"))
+)
+def test_policy_is_stripped_small_and_as_good_as_its_row_says(file):
+    path = PRETRAINED / file
+    checkpoint, _ = distill.load_checkpoint(path, path.parent.name, "")
+    assert not {"optimizer", "rng", "last_model"} & checkpoint.keys()
+    assert path.stat().st_size < {"high": 7e6, "medium": 1e6, "low": 3e5}[checkpoint["capacity"]]
+    result, row = checkpoint["evaluation"], " ".join(table_rows()[file])
     low, high = result["ci95"]
     for text in (
         f"{checkpoint['global_step']:,}",
