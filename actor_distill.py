@@ -262,11 +262,9 @@ def main(args):
         sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
     args.temperature = args.temperature or (0.01 if q_values else 1.0)
     train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
-    new_rows = unseen(*buffer[:2], train_rows, held_out)
-    print(
-        f"held out    {len(held_out):,} samples, {len(new_rows):,} of them unlike any to train on"
-    )
-    held_out = new_rows if len(new_rows) else held_out
+    new = unseen(*buffer[:2], train_rows, held_out)
+    print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
+    held_out = new if len(new) else held_out
     batch_size = min(args.batch_size, len(train_rows))
     if batch_size % processes:
         sys.exit(f"--batch-size {batch_size} must be a multiple of the {processes} processes")
