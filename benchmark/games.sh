@@ -7,10 +7,13 @@
 #
 # Arguments: the game, the steps of whatever PPO trains from scratch, the seeds of the students, and a
 # pattern of names. PPO trains with the first seed alone. What is there already is not run again, and
-# what was stopped goes on. Two games run side by side on two cores.
+# what was stopped goes on. In a clone without the teacher's own file the one of pretrained/ serves, save
+# Pong's, which learned longer. Two games run side by side on two cores.
 set -euo pipefail
 game=$1 budget=$2 seeds=$3 only=${4:-.*}
 results=benchmark/results/$game/games weights=checkpoints/$game buffer=buffers/${game}_games.npz
+teacher=$weights/teacher.pt
+[[ -e $teacher || $game == Pong* ]] || teacher=pretrained/$game/ppo_high.pt
 first=${seeds%% *}
 export OMP_NUM_THREADS=1
 # chosen on Breakout and Riverraid, as docs/results.md says; the same for every game
@@ -31,7 +34,7 @@ run() {  # name, script, flags: its time, also of parts that were stopped, goes 
 
 distil() {  # capacity, seed
     [[ "ad_$1_$2" =~ ^($only)$ && ! -e $buffer ]] && python collect_buffer.py --env-id "$game" \
-        --teacher-path "$weights/teacher.pt" --buffer-path "$buffer" --num-samples 135_000 --num-envs 32
+        --teacher-path "$teacher" --buffer-path "$buffer" --num-samples 135_000 --num-envs 32
     run "ad_$1_$2" actor_distill.py --buffer-path "$buffer" --capacity "$1" --seed "$2"
 }
 

@@ -5,9 +5,9 @@
 
 Writes `benchmark/results/games.md`: per game the rows of Table 3, a run that is not there yet being
 a dash. With `--aggregates` also pictures: the curves of direct training, a heat map of the table,
-and over all games that have every row `games_aggregates.md` and performance profiles by rliable
-(Agarwal et al. 2021, arXiv:2108.13264). Random and human scores are those of DQN Zoo
-(github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
+and for each capacity, over the games that have all of its rows, `games_aggregates.md` and
+performance profiles by rliable (Agarwal et al. 2021, arXiv:2108.13264). Random and human scores are
+those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
 """
 
 import json
@@ -107,14 +107,18 @@ def games_table(results):
     return "\n".join(lines)
 
 
-def seed_means(results):
-    """Row to game to the mean of each of its seeds, for the games in which every row is there."""
+def seed_means(results, capacity):
+    """Row to game to the mean of each of its seeds, of the teacher and one capacity.
+
+    Over the games in which each of these rows is there.
+    """
+    rows = [row for row in ROWS if row.split()[0] in ("Teacher", capacity)]
     found = {}
     for game in REFERENCE:
         folder = Path(results, f"{game}NoFrameskip-v4", "games")
-        means = {row: [x["mean"] for x in runs(folder, at)] for row, (at, _) in ROWS.items()}
+        means = {row: [x["mean"] for x in runs(folder, ROWS[row][0])] for row in rows}
         if all(means.values()):
-            for row in ROWS:
+            for row in rows:
                 found.setdefault(row, {})[game] = means[row]
     return found
 
@@ -179,11 +183,12 @@ def aggregates(found, picture):
     games = list(found["Teacher"])
     positive = [g for g in games if all(np.mean(row[g]) > 0 for row in found.values())]
     random, human = (np.array([REFERENCE[g][i] for g in games]) for i in range(2))
+    seeds = {row: min(map(len, means.values())) for row, means in found.items()}
     normalised = {}
     for row, means in found.items():
-        seeds = min(map(len, means.values()))
-        scores = np.array([means[game][:seeds] for game in games]).T
-        normalised[row] = (scores - random) / (human - random)
+        # a single seed counts as often as others' seeds do, so that each row is trimmed alike
+        scores = [np.resize(means[game][: seeds[row]], max(seeds.values())) for game in games]
+        normalised[row] = (np.transpose(scores) - random) / (human - random)
 
     def middle(scores):
         return np.array([metrics.aggregate_iqm(scores)])
@@ -198,13 +203,10 @@ def aggregates(found, picture):
     of_dqn = geometric_mean([REFERENCE[game][2] for game in positive])
     top = geometric_mean([np.mean(found["Teacher"][game]) for game in positive])
     for row, means in found.items():
-        mean, (low, high) = (
-            geometric_mean([np.mean(means[g]) for g in positive]),
-            intervals[row][:, 0],
-        )
-        seeds = len(normalised[row])
-        interval = f" ({low:.3f} to {high:.3f})" if seeds > 1 else ""
-        cells_ = f"{seeds} | {points[row][0]:.3f}{interval} | {100 * mean / top:.0f}%"
+        mean = geometric_mean([np.mean(means[game]) for game in positive])
+        low, high = intervals[row][:, 0]
+        interval = f" ({low:.3f} to {high:.3f})" if seeds[row] > 1 else ""
+        cells_ = f"{seeds[row]} | {points[row][0]:.3f}{interval} | {100 * mean / top:.0f}%"
         lines.append(f"| {row} | {cells_} | {100 * mean / of_dqn:.0f}% |")
     thresholds = np.linspace(0, max(scores.max() for scores in normalised.values()), 81)
     profiles, bands = library.create_performance_profile(normalised, thresholds, reps=2000)
@@ -225,11 +227,14 @@ def main(args):
         figures = Path(args.figures)
         curves_figure(results, figures / "games_curves.png")
         heat_map(results, figures / "games_heat_map.png")
-        found = seed_means(results)
-        if found:
-            text = aggregates(found, figures / "games_profiles.png")
-            (results / "games_aggregates.md").write_text(text)
-            print(text)
+        tables = []
+        for capacity in ("Medium", "Low"):
+            found = seed_means(results, capacity)
+            if found:
+                picture = figures / f"games_profiles_{capacity.lower()}.png"
+                tables.append(f"### {capacity}\n\n{aggregates(found, picture)}")
+        (results / "games_aggregates.md").write_text("\n".join(tables))
+        print("\n".join(tables))
 
 
 if __name__ == "__main__":
