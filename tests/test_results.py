@@ -1,7 +1,9 @@
 """The tables in `benchmark/results/` follow from the result files beside them."""
 
 import json
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -73,6 +75,22 @@ def test_the_table_of_the_games_equals_their_files():
     reference = table3.REFERENCE["Breakout"]
     cells = table3.cells([{"mean": 2.0, "max": 3.0, "episodes": 2, **runs[0]}], 4.0, reference, 5)
     assert cells == ["2.00", "3", "2.00", "2", "1.00 to 3.00", "50%", "248"]
+
+
+def test_the_aggregates_are_over_the_games_that_have_every_row_of_low():
+    games, shares = 0, []
+    for folder in RESULTS.glob("*/games"):
+        teacher, *students = (
+            [json.loads(path.read_text())["mean"] for path in folder.glob(f"{runs}/eval.json")]
+            for runs in ("teacher", "direct_low_*", "tuned_low_*", "ad_low_*")
+        )
+        if all(students):
+            games += 1
+            if all(statistics.mean(means) > 0 for means in (teacher, *students)):
+                shares.append(statistics.mean(students[-1]) / teacher[0])
+    text = (RESULTS / "games_aggregates.md").read_text()
+    row = re.search(r"### Low\n\n(\d+) games.*?\| Low AD \|[^|]*\|[^|]*\| (\d+)%", text, re.DOTALL)
+    assert row.groups() == (str(games), f"{100 * statistics.geometric_mean(shares):.0f}")
 
 
 def test_the_losses_table_equals_its_json():
