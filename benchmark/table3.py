@@ -4,8 +4,8 @@
     pip install -r benchmark/requirements.txt && python benchmark/table3.py --aggregates
 
 Writes `benchmark/results/games.md`: per game the rows of Table 3, a run that is not there yet being
-a dash. With `--aggregates` also pictures: the curves of direct training, a heat map of the table,
-and for each capacity, over the games that have all of its rows, `games_aggregates.md` and
+a dash. With `--aggregates` also pictures: the curves of training and of distillation, a heat map of
+the table, and for each capacity, over the games that have all of its rows, `games_aggregates.md` and
 performance profiles by rliable (Agarwal et al. 2021, arXiv:2108.13264). Random and human scores are
 those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
 """
@@ -128,27 +128,50 @@ def geometric_mean(values):
     return np.exp(np.mean(np.log(values)))
 
 
-def curves_figure(results, picture):
-    """Returns over direct training by capacity in every game: the shape of the paper's Fig. 2."""
+def panels(results, picture, patterns, read, xlabel, ylabel, **style):
+    """A panel for each game with the curves of the runs that `patterns` (label to names) finds.
+
+    `read` makes x and y of what `curve.json` holds.
+    """
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 5, figsize=(15, 5.5), layout="constrained")
-    runs_ = {"high, the teacher": "teacher", "medium": "direct_medium_*", "low": "direct_low_*"}
-    for axes, game in zip(panels.flat, REFERENCE, strict=True):
+    figure, axes = plt.subplots(2, 5, figsize=(15, 5.5), layout="constrained", sharex=True)
+    for panel, game in zip(axes.flat, REFERENCE, strict=True):
         folder = Path(results, f"{game}NoFrameskip-v4", "games")
-        for (label, pattern), color in zip(runs_.items(), ("C3", "C4", "C0"), strict=True):
-            for path in sorted(folder.glob(f"{pattern}/curve.json"))[:1]:
-                curve = json.loads(path.read_text())
-                # a mean is missing where no game has ended yet
-                returns = np.array(curve["return"], float)
-                axes.plot(np.array(curve["steps"]) / 1e6, returns, color=color, label=label)
-        axes.set_title(game, fontsize=10)
-    for axes in panels[1]:
-        axes.set_xlabel("million steps")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("mean return, last 100 games")
-    panels[0, 0].legend(fontsize=8)
+        for (label, pattern), color in zip(patterns.items(), ("C0", "C4", "C3"), strict=False):
+            for path in sorted(folder.glob(f"{pattern}/curve.json")):
+                panel.plot(*read(json.loads(path.read_text())), color=color, label=label)
+                label = None
+        panel.set(title=game, **style)
+    for panel in axes[1]:
+        panel.set_xlabel(xlabel)
+    for panel in axes[:, 0]:
+        panel.set_ylabel(ylabel)
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(picture, dpi=100)
+
+
+def curves_figure(results, picture):
+    """Returns over direct training by capacity in every game: the shape of the paper's Fig. 2."""
+    patterns = {"low": "direct_low_*", "medium": "direct_medium_*", "high, the teacher": "teacher"}
+
+    def read(curve):
+        # a mean is missing where no game has ended yet
+        return np.array(curve["steps"]) / 1e6, np.array(curve["return"], float)
+
+    panels(results, picture, patterns, read, "million steps", "mean return, last 100 games")
+
+
+def epochs_figure(results, picture):
+    """Held-out distance over distillation, each seed a line: what the paper's Fig. 3 plots scores of."""
+
+    def read(curve):
+        distances = curve["validation/reverse_kl"]
+        return range(1, len(distances) + 1), distances
+
+    patterns = {"low": "ad_low_*", "medium": "ad_medium_*"}
+    ylabel = "held-out KL(student ‖ teacher)"
+    panels(results, picture, patterns, read, "epochs", ylabel, ylim=(0, None))
 
 
 def heat_map(results, picture):
@@ -226,6 +249,7 @@ def main(args):
     if args.aggregates:
         figures = Path(args.figures)
         curves_figure(results, figures / "games_curves.png")
+        epochs_figure(results, figures / "games_epochs.png")
         heat_map(results, figures / "games_heat_map.png")
         tables = []
         for capacity in ("Medium", "Low"):
