@@ -8,7 +8,8 @@
 # Arguments: the game, the steps of whatever PPO trains from scratch, the seeds of the students, and a
 # pattern of names. PPO trains with the first seed alone. What is there already is not run again, and
 # what was stopped goes on. In a clone without the teacher's own file the one of pretrained/ serves, save
-# Pong's, which learned longer. Two games run side by side on two cores.
+# Pong's, which learned longer: without the results of its `teacher` a new one is trained. Two games run
+# side by side on two cores.
 set -euo pipefail
 game=$1 budget=$2 seeds=$3 only=${4:-.*}
 results=benchmark/results/$game/games weights=checkpoints/$game buffer=buffers/${game}_games.npz

@@ -163,7 +163,7 @@ def curves_figure(results, picture):
 
 
 def epochs_figure(results, picture):
-    """Held-out distance over distillation, each seed a line: what the paper's Fig. 3 plots scores of."""
+    """Held-out distance over the epochs, a line for each seed; the paper's Fig. 3 plots scores."""
 
     def read(curve):
         distances = curve["validation/reverse_kl"]
