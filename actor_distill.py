@@ -4,10 +4,11 @@
     python actor_distill.py --resume                              # go on after an interruption
     python actor_distill.py --eval-only checkpoints/PongNoFrameskip-v4/distilled_medium.pt
 
-The student minimises KL(student || teacher) over the actions, averaged over the batch, or by
-`--loss kl` KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019), "Distillation Strategies
-for Proximal Policy Optimization". From a buffer of Q-values it learns by one of the three losses of
-DQN distillation, Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
+The student minimises KL(student || teacher) over the actions, averaged over the batch, after a
+fifth of its training by KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019),
+"Distillation Strategies for Proximal Policy Optimization"; `--loss kl` keeps to Eq. 3. From a
+buffer of Q-values it learns by one of the three losses of DQN distillation, Rusu et al. 2015
+(arXiv:1511.06295). `global_step` counts the samples seen.
 """
 
 import copy
@@ -103,8 +104,9 @@ class Args:
     anneal_lr: bool = True
     """let the rate rise over the first 2% of the training, and then fall linearly to 0"""
     loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
-    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the
-    negative log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
+    """KL(student || teacher) after a start by kl, KL(teacher || student), the squared error of
+    Q-values, or the negative log-likelihood of the teacher's best action; default reverse_kl, for
+    Q-values kl"""
     temperature: PositiveFloat | None = None
     """divides log-probabilities (default 1, as in Eq. 3) or Q-values (default 0.01) for a KL"""
     value_coef: float = 0.0
@@ -373,7 +375,10 @@ def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0
         for i, rows in enumerate(torch.from_numpy(order.T.copy()).to(held_out.device)):
             fraction = (epoch - 1 + i / len(order.T)) / args.epochs
             optimizer.param_groups[0]["lr"] = scheduled(args, fraction)
-            batch = (*get_batch(rows), args.value_coef, divergence)
+            # from the start on, KL(student || teacher) can end at one action for every observation,
+            # where its gradient vanishes
+            by_eq3 = args.loss == "reverse_kl" and fraction < 0.2
+            batch = (*get_batch(rows), args.value_coef, kl_divergence if by_eq3 else divergence)
             sums += distill_update(learner, optimizer, loss_function, *batch)
             bar.update(processes * len(rows))
 

@@ -89,6 +89,24 @@ def test_the_reverse_kl_is_that_of_torch_with_teacher_and_student_exchanged():
     assert distill.reverse_kl(certain, careless) > 10 * distill.kl_divergence(certain, careless)
 
 
+def test_the_reverse_kl_takes_over_after_a_fifth_by_eq_3(small_buffer, tmp_path, monkeypatch):
+    path, _ = small_buffer
+    used, batch_loss = [], distill.batch_loss
+
+    def recorded(*batch):
+        used.append(batch[-1])
+        return batch_loss(*batch)
+
+    monkeypatch.setattr(distill, "batch_loss", recorded)
+    distilled(path, tmp_path, monkeypatch, loss=None, epochs=5, batch_size=32)
+    steps = len(used) // 5
+    assert used == [distill.kl_divergence] * steps + [distill.reverse_kl] * 4 * steps
+    used.clear()
+    flags = {"loss": "kl", "epochs": 5, "batch_size": 32, "save_path": "kl.pt"}
+    distilled(path, tmp_path, monkeypatch, **flags)
+    assert used == [distill.kl_divergence] * 5 * steps
+
+
 def test_by_default_a_policy_is_learned_by_the_reverse_kl(small_buffer, tmp_path, monkeypatch):
     path, buffer = small_buffer
     flags = {"loss": None, "epochs": 4, "batch_size": 32, "learning_rate": 1e-3}
