@@ -72,6 +72,11 @@ def mean_interval(found, resamples=2000):
     return np.percentile(means, (2.5, 97.5))
 
 
+def percent(share):
+    """A share in words; of a score below 0, as in Pong, none can be told."""
+    return f"{share:.0%}" if share > 0 else "< 0"
+
+
 def cells(found, teacher, reference, column):
     """One game's cells of one row."""
     if not found:
@@ -84,7 +89,7 @@ def cells(found, teacher, reference, column):
         ", ".join(f"{mean:,.2f}" for mean in seeds),
         str(sum(run["episodes"] for run in found)),
         f"{low:,.2f} to {high:,.2f}",
-        f"{100 * np.mean(seeds) / teacher:.0f}%" if teacher and teacher > 0 else "–",
+        percent(np.mean(seeds) / teacher) if teacher and teacher > 0 else "–",
         f"{reference[column]:,}",
     ]
 
@@ -191,7 +196,7 @@ def heat_map(results, picture):
     for (row, column), share in np.ndenumerate(shares):
         if not np.isnan(share):
             color = "w" if abs(share - 1) > 0.6 else "k"
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
+            axes.text(column, row, percent(share), ha="center", va="center", color=color)
     axes.set_xticks(range(len(REFERENCE)), REFERENCE, rotation=30, ha="right")
     axes.set_yticks(range(len(ROWS) - 1), list(ROWS)[1:])
     figure.colorbar(image, label="of the teacher's score", format=lambda x, _: f"{x:.0%}")

@@ -75,6 +75,7 @@ def test_the_table_of_the_games_equals_their_files():
     reference = table3.REFERENCE["Breakout"]
     cells = table3.cells([{"mean": 2.0, "max": 3.0, "episodes": 2, **runs[0]}], 4.0, reference, 5)
     assert cells == ["2.00", "3", "2.00", "2", "1.00 to 3.00", "50%", "248"]
+    assert table3.percent(-1.2) == "< 0"
 
 
 def test_the_aggregates_are_over_the_games_that_have_every_row_of_low():
