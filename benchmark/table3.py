@@ -7,7 +7,9 @@ Writes `benchmark/results/games.md`: per game the rows of Table 3, a run that is
 a dash. With `--aggregates` also pictures: the curves of training and of distillation, a heat map of
 the table, and for each capacity, over the games that have all of its rows, `games_aggregates.md` and
 performance profiles by rliable (Agarwal et al. 2021, arXiv:2108.13264). Random and human scores are
-those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3.
+those of DQN Zoo (github.com/google-deepmind/dqn_zoo), the paper's those of its Tables 1 and 3. Shares
+and geometric means are of scores, as in the paper; Pong's, which begin at -21, count from -20.7, a
+random player's.
 """
 
 import json
@@ -72,9 +74,9 @@ def mean_interval(found, resamples=2000):
     return np.percentile(means, (2.5, 97.5))
 
 
-def percent(share):
-    """A share in words; of a score below 0, as in Pong, none can be told."""
-    return f"{share:.0%}" if share > 0 else "< 0"
+def points(score, reference):
+    """A score, or in Pong, where it can be below 0, what it is above a random player's."""
+    return score - min(0, reference[0])
 
 
 def cells(found, teacher, reference, column):
@@ -89,7 +91,7 @@ def cells(found, teacher, reference, column):
         ", ".join(f"{mean:,.2f}" for mean in seeds),
         str(sum(run["episodes"] for run in found)),
         f"{low:,.2f} to {high:,.2f}",
-        percent(np.mean(seeds) / teacher) if teacher and teacher > 0 else "–",
+        f"{points(np.mean(seeds), reference) / points(teacher, reference):.0%}",
         f"{reference[column]:,}",
     ]
 
@@ -128,9 +130,10 @@ def seed_means(results, capacity):
     return found
 
 
-def geometric_mean(values):
-    """Of positive numbers."""
-    return np.exp(np.mean(np.log(values)))
+def geometric_mean(scores):
+    """Over games, of each game's mean over the `scores` of its seeds."""
+    above = [points(np.mean(score), REFERENCE[game]) for game, score in scores.items()]
+    return np.exp(np.mean(np.log(above)))
 
 
 def panels(results, picture, patterns, read, xlabel, ylabel, **style):
@@ -184,19 +187,22 @@ def heat_map(results, picture):
     import matplotlib.pyplot as plt
 
     shares = np.full((len(ROWS) - 1, len(REFERENCE)), np.nan)
-    for column, game in enumerate(REFERENCE):
+    for column, (game, reference) in enumerate(REFERENCE.items()):
         folder = Path(results, f"{game}NoFrameskip-v4", "games")
         teacher = runs(folder, "teacher")
         for row, (pattern, _) in enumerate(list(ROWS.values())[1:]):
             found = runs(folder, pattern)
             if teacher and found:
-                shares[row, column] = np.mean([x["mean"] for x in found]) / teacher[0]["mean"]
+                mean = np.mean([x["mean"] for x in found])
+                shares[row, column] = points(mean, reference) / points(
+                    teacher[0]["mean"], reference
+                )
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     image = axes.imshow(shares, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if not np.isnan(share):
             color = "w" if abs(share - 1) > 0.6 else "k"
-            axes.text(column, row, percent(share), ha="center", va="center", color=color)
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(REFERENCE)), REFERENCE, rotation=30, ha="right")
     axes.set_yticks(range(len(ROWS) - 1), list(ROWS)[1:])
     figure.colorbar(image, label="of the teacher's score", format=lambda x, _: f"{x:.0%}")
@@ -209,7 +215,6 @@ def aggregates(found, picture):
     from rliable import library, metrics, plot_utils
 
     games = list(found["Teacher"])
-    positive = [g for g in games if all(np.mean(row[g]) > 0 for row in found.values())]
     random, human = (np.array([REFERENCE[g][i] for g in games]) for i in range(2))
     seeds = {row: min(map(len, means.values())) for row, means in found.items()}
     normalised = {}
@@ -221,20 +226,19 @@ def aggregates(found, picture):
     def middle(scores):
         return np.array([metrics.aggregate_iqm(scores)])
 
-    points, intervals = library.get_interval_estimates(normalised, middle, reps=2000)
+    middles, intervals = library.get_interval_estimates(normalised, middle, reps=2000)
     columns = (
         "policy | seeds | interquartile mean, human-normalised (95% interval) | geometric mean, % of "
         "the teacher | % of DQN"
     )
-    lines = [f"{len(games)} games: {', '.join(games)}. Geometric means over {', '.join(positive)}."]
-    lines += ["", f"| {columns} |", "|" + "---|" * 5]
-    of_dqn = geometric_mean([REFERENCE[game][2] for game in positive])
-    top = geometric_mean([np.mean(found["Teacher"][game]) for game in positive])
+    lines = [f"{len(games)} games: {', '.join(games)}.", "", f"| {columns} |", "|" + "---|" * 5]
+    of_dqn = geometric_mean({game: REFERENCE[game][2] for game in games})
+    top = geometric_mean(found["Teacher"])
     for row, means in found.items():
-        mean = geometric_mean([np.mean(means[game]) for game in positive])
+        mean = geometric_mean(means)
         low, high = intervals[row][:, 0]
         interval = f" ({low:.3f} to {high:.3f})" if seeds[row] > 1 else ""
-        cells_ = f"{seeds[row]} | {points[row][0]:.3f}{interval} | {100 * mean / top:.0f}%"
+        cells_ = f"{seeds[row]} | {middles[row][0]:.3f}{interval} | {100 * mean / top:.0f}%"
         lines.append(f"| {row} | {cells_} | {100 * mean / of_dqn:.0f}% |")
     thresholds = np.linspace(0, max(scores.max() for scores in normalised.values()), 81)
     profiles, bands = library.create_performance_profile(normalised, thresholds, reps=2000)
