@@ -100,9 +100,9 @@ class Args:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
     learning_rate: PositiveFloat = 2e-3
-    """learning rate at its highest; SGD takes 0.01, and with `--loss kl` 0.03"""
+    """learning rate; SGD takes 0.01, and with `--loss kl` 0.03"""
     anneal_lr: bool = True
-    """let the rate rise over the first 2% of the training, and then fall linearly to 0"""
+    """let the rate fall linearly to 0, after a rise over the first 10% of the training"""
     loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
     """KL(student || teacher) after a start by kl, KL(teacher || student), the squared error of
     Q-values, or the negative log-likelihood of the teacher's best action; default reverse_kl, for
@@ -444,7 +444,8 @@ def unseen(frames, stack_index, train_rows, held_out):
 
 def scheduled(args, fraction):
     """The learning rate after a `fraction`, 0 to 1, of the training."""
-    return args.learning_rate * (min(fraction / 0.02, 1 - fraction) if args.anneal_lr else 1)
+    # a rise over 2% left a student of Pong with 97% of its last convolution's channels dead
+    return args.learning_rate * (min(fraction / 0.1, 1 - fraction) if args.anneal_lr else 1)
 
 
 class AtariEnvs(AtariVectorEnv):

@@ -330,7 +330,7 @@ def test_learning_rate_falls_to_zero_or_stays(small_buffer, anneal, tmp_path, mo
     distilled(path, tmp_path, monkeypatch, **flags)
     done = np.arange(126) / 126
     assert 126 == 3 * (len(held_out_rows(buffer)[0]) // 64)
-    shares = np.interp(done, [0, 1 / 51, 1], [0, 50 / 51, 0]) if anneal else np.ones(126)
+    shares = np.interp(done, [0, 1 / 11, 1], [0, 10 / 11, 0]) if anneal else np.ones(126)
     np.testing.assert_allclose(rates, 1e-3 * shares, rtol=1e-12, atol=1e-18)
 
 
