@@ -444,7 +444,7 @@ def unseen(frames, stack_index, train_rows, held_out):
 
 def scheduled(args, fraction):
     """The learning rate after a `fraction`, 0 to 1, of the training."""
-    # a rise over 2% left a student of Pong with 97% of its last convolution's channels dead
+    # a rise over 2% left a student of Pong with nearly all channels of a convolution dead
     return args.learning_rate * (min(fraction / 0.1, 1 - fraction) if args.anneal_lr else 1)
 
 
