@@ -98,11 +98,11 @@ def test_the_reverse_kl_takes_over_after_a_fifth_by_eq_3(small_buffer, tmp_path,
         return batch_loss(*batch)
 
     monkeypatch.setattr(distill, "batch_loss", recorded)
-    distilled(path, tmp_path, monkeypatch, loss=None, epochs=5, batch_size=32)
+    distilled(path, tmp_path, monkeypatch, loss=None, epochs=5, batch_size=256)
     steps = len(used) // 5
     assert used == [distill.kl_divergence] * steps + [distill.reverse_kl] * 4 * steps
     used.clear()
-    flags = {"loss": "kl", "epochs": 5, "batch_size": 32, "save_path": "kl.pt"}
+    flags = {"loss": "kl", "epochs": 5, "batch_size": 256, "save_path": "kl.pt"}
     distilled(path, tmp_path, monkeypatch, **flags)
     assert used == [distill.kl_divergence] * 5 * steps
 

@@ -61,14 +61,24 @@ def trained(module, *flags):
     return saved, [tensorboard_scalars(f"runs/{x['run_name']}") for x in saved]
 
 
+@pytest.fixture
+def part():
+    """The first 8,000 samples of the shipped buffer, in `part.npz`: observations of some of them."""
+    with np.load(BUFFER) as file:
+        arrays = {name: file[name][:8000] for name in ("action_probs", "values", "episode_index")}
+        arrays |= {"stack_index": np.clip(file["stack_index"][:8000], 0, 8000)}
+        np.savez("part.npz", **arrays, frames=file["frames"][:8001], meta=file["meta"])
+        return torch.from_numpy(file["frames"][arrays["stack_index"][::50]])
+
+
 def furthest(saved):
     """The largest difference between two trainings' weights."""
     one, two = (x["model"] for x in saved)
     return max((one[name] - two[name]).abs().max().item() for name in one)
 
 
-def test_two_processes_distil_as_one():
-    saved, logs = trained(distill, f"--buffer-path={BUFFER}", *DISTILL, *SGD)
+def test_two_processes_distil_as_one(part):
+    saved, logs = trained(distill, "--buffer-path=part.npz", *DISTILL, *SGD)
     assert furthest(saved) < 1e-3
     assert saved[0]["global_step"] == saved[1]["global_step"]
     for name, value in saved[0]["validation"].items():
@@ -78,20 +88,15 @@ def test_two_processes_distil_as_one():
         assert step == same_step and two == pytest.approx(one, rel=1e-3)
 
 
-def test_two_processes_distil_by_adam_to_the_same_policy():
+def test_two_processes_distil_by_adam_to_the_same_policy(part):
     """Which amplifies what rounding does to small gradients."""
-    with np.load(BUFFER) as file:
-        part = {name: file[name][:8000] for name in ("action_probs", "values", "episode_index")}
-        part |= {"stack_index": np.clip(file["stack_index"][:8000], 0, 8000)}
-        np.savez("part.npz", **part, frames=file["frames"][:8001], meta=file["meta"])
-        obs = torch.from_numpy(file["frames"][file["stack_index"][::50]])
     flags = ["--value-coef=0.5", "--learning-rate=1e-3", *DISTILL]
     saved, _ = trained(distill, "--buffer-path=part.npz", *flags)
     logits = []
     for x in saved:
         agent = distill.Agent("low", 6)
         agent.load_state_dict(x["model"])
-        logits.append(agent(obs)[0].detach())
+        logits.append(agent(part)[0].detach())
     assert distill.kl_divergence(logits[0].softmax(-1), logits[1]).mean() < 1e-3
 
 

@@ -148,12 +148,12 @@ def test_the_example_of_the_docs_plays_without_torch(low):
     flags = {"checkpoint": path, "int8": True, "path": "distilled_low.int8.onnx"}
     run_main(export_onnx, export_onnx.Args(**flags, buffer_path=BUFFER, samples=50))
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
-    code = code.replace("< 32", "< 8")  # enough games to see that it plays
+    code = code.replace("< 32", "< 3")  # enough games to see that it plays
     code += "\nimport sys\nassert not {'torch', 'collect_buffer'} & set(sys.modules)\n"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
     game, mean, *scores = re.findall(r"[^\s,\[\]]+", result.stdout)
-    assert game == "PongNoFrameskip-v4" and len(scores) >= 8
+    assert game == "PongNoFrameskip-v4" and len(scores) >= 3
     assert -21 <= float(mean) == pytest.approx(np.mean([float(x) for x in scores]))
 
 
