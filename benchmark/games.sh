@@ -17,7 +17,7 @@ teacher=$weights/teacher.pt
 [[ -e $teacher || $game == Pong* ]] || teacher=pretrained/$game/ppo_high.pt
 first=${seeds%% *}
 export OMP_NUM_THREADS=1
-# chosen on Breakout and Riverraid, as docs/results.md says; the same for every game
+# chosen on the paper's four tuning games, as docs/results.md says; the same for every game
 ppo="--num-steps 128 --num-minibatches 8 --checkpoint-interval 50_000"
 direct="$ppo --update-epochs 4 --learning-rate 1e-3 --clip-coef 0.2 --total-timesteps $budget"
 tuned="$ppo --update-epochs 3 --learning-rate 2.5e-4 --clip-coef 0.1 --total-timesteps $((${budget//_/} * 27 / 100))"
