@@ -93,9 +93,9 @@ def main(args):
     def measure(kind, capacity, size):
         print(f"{time.time() - started:4.0f} s  {kind} {capacity} {size}", file=sys.stderr)
         if kind == "play":
-            pilot = speed.playing("evaluation", capacity, size, 24 * size, device)
+            pilot = speed.playing("evaluation", capacity, size, 24 * size, device=device)
             steps = max(24 * size, round(pilot * args.seconds))
-            rate = speed.playing("evaluation", capacity, size, steps, device)
+            rate = speed.playing("evaluation", capacity, size, steps, device=device)
         else:
             rate = until(args.seconds, training(kind, capacity, size, buffer, device))
         rates[kind].setdefault(capacity, {})[size] = rate
@@ -106,7 +106,7 @@ def main(args):
         for kind in ("ppo", "distil"):
             for size in batches:
                 measure(kind, capacity, size)
-    collection = speed.playing("collection", "high", 16, 16 * 200, device)
+    collection = speed.playing("collection", "high", 16, 16 * 200, device=device)
 
     def train(capacity, steps):
         """Hours of PPO at the paper's setting: 10 epochs of minibatches of 1024."""

@@ -1,4 +1,4 @@
-"""Measure every phase beside its own floor, in one run, and print one table.
+"""Measure every phase beside its own floor on a CPU, in one run, and print one table.
 
     python benchmark/speed.py
     python benchmark/speed.py --processes 2
@@ -56,8 +56,6 @@ class Args:
     """games played at once"""
     batch_size: int = 256
     """samples in a minibatch of the PPO update and in a batch of the distillation"""
-    cuda: bool = True
-    """use a GPU where there is one"""
     compile: bool = False
     """compile network and loss; the floors stay as they are"""
     processes: int = 1
@@ -85,8 +83,6 @@ class Turns:
 
     def lap(self, name, amount, *floors):
         """Since the last lap `name` did `amount` of work; now let each of `floors` do some."""
-        if floors and torch.cuda.is_available():
-            torch.cuda.synchronize()
         now = time.perf_counter()
         if self.since is not None:
             self.spent[name] = self.spent.get(name, 0) + now - self.since
@@ -104,12 +100,7 @@ class Turns:
         return self.done[name] / self.spent[name]
 
 
-def due(count, device, on_cpu):
-    """Whether floors get a turn: every `on_cpu` steps on a CPU, every 64 on a GPU."""
-    return count % (on_cpu if device.type == "cpu" else 64) == 0
-
-
-def agent_and_optimizer(capacity, device):
+def agent_and_optimizer(capacity, device="cpu"):
     """A fresh network in the layout of the scripts, and their optimiser."""
     agent = teacher.Agent(capacity, NUM_ACTIONS).to(device, memory_format=torch.channels_last)
     return agent, torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
@@ -129,37 +120,32 @@ def environment_alone(num_envs):
     return work
 
 
-def forward_alone(capacity, num_envs, device):
+def forward_alone(capacity, num_envs):
     """Decide for all games: conversion, network and sampling, nothing else."""
-    agent, _ = agent_and_optimizer(capacity, device)
-    obs = torch.randint(0, 256, (num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+    agent, _ = agent_and_optimizer(capacity)
+    obs = torch.randint(0, 256, (num_envs, 4, 84, 84), dtype=torch.uint8)
 
     @torch.inference_mode()
     def work():
         for _ in range(16):
-            teacher.sample_actions(agent(obs)[0]).cpu()
+            teacher.sample_actions(agent(obs)[0])
         return 16 * num_envs
 
     return work
 
 
-def update_alone(capacity, batch_size, device):
+def update_alone(capacity, batch_size):
     """Forward, backward and Adam on one float batch in place, by the plainest loss."""
-    agent, optimizer = agent_and_optimizer(capacity, device)
-    x = torch.rand(batch_size, 4, 84, 84, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    times = 1 if device.type == "cpu" else 100
+    agent, optimizer = agent_and_optimizer(capacity)
+    x = torch.rand(batch_size, 4, 84, 84).contiguous(memory_format=torch.channels_last)
 
     def work():
-        for _ in range(times):
-            hidden = agent.network(x)
-            loss = agent.actor(hidden).logsumexp(-1).mean() + agent.critic(hidden).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return times * batch_size
+        hidden = agent.network(x)
+        loss = agent.actor(hidden).logsumexp(-1).mean() + agent.critic(hidden).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return batch_size
 
     return work
 
@@ -191,7 +177,7 @@ def watched(envs, after_step):
 
 
 def ppo_script(
-    args, device, num_envs, num_minibatches, epochs, iterations, turns, floors=(), update_floors=()
+    args, num_envs, num_minibatches, epochs, iterations, turns, floors=(), update_floors=()
 ):
     """The teacher's own `main`, in laps "rollout" and "update"; its first iteration is warm-up.
 
@@ -207,13 +193,13 @@ def ppo_script(
 
     def ppo_update(*batch):
         statistics, count = plain_update(*batch), next(updates)
-        turns.lap("update", size, *(update_floors if due(count, device, 1) else ()))
+        turns.lap("update", size, *update_floors)
         if count == epochs * num_minibatches:
             turns.forget()
         return statistics
 
     def after_step(rounds):
-        turns.lap("rollout", num_envs, *(floors if due(rounds, device, 16) else ()))
+        turns.lap("rollout", num_envs, *(floors if rounds % 16 == 0 else ()))
 
     def envs(*flags):
         return watched(plain_envs(*flags), after_step)
@@ -229,21 +215,20 @@ def ppo_script(
             update_epochs=epochs,
             total_timesteps=iterations * num_envs * 128,
             eval_steps=0,
-            cuda=args.cuda,
+            cuda=False,
             compile=args.compile,
         )
         teacher.main(flags)
 
 
-def cleanrl_script(args, device, iterations=4):
-    """CleanRL's `ppo_atari.py` on the same device: whole steps/s, without its start."""
+def cleanrl_script(args, iterations=4):
+    """CleanRL's `ppo_atari.py` on the same cores: whole steps/s, without its start."""
     code = (
         "import ale_py, runpy, sys\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = os.path.abspath(f"{args.cleanrl}/cleanrl/ppo_atari.py")
-    flags = ["--env-id", GAME, "--total-timesteps", str(iterations * 1024)]
-    flags += [] if device.type == "cuda" else ["--no-cuda"]
+    flags = ["--env-id", GAME, "--total-timesteps", str(iterations * 1024), "--no-cuda"]
     environment = {**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}
     environment.pop("GOMP_SPINCOUNT", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -265,13 +250,13 @@ class Enough(Exception):
     """Cuts a phase short."""
 
 
-def playing(phase, capacity, num_envs, steps, device, turns=None, floors=()):
+def playing(phase, capacity, num_envs, steps, turns=None, floors=(), device="cpu"):
     """`collect` or `play`, in laps of the phase's name: steps/s, the first eighth left out."""
     turns = turns or Turns({})
     agent, _ = agent_and_optimizer(capacity, device)
 
     def after_step(rounds):
-        turns.lap(phase, num_envs, *(floors if due(rounds, device, 16) else ()))
+        turns.lap(phase, num_envs, *(floors if rounds % 16 == 0 else ()))
         if rounds == max(2, steps // num_envs // 8):
             turns.forget()
         if rounds * num_envs >= steps:
@@ -286,13 +271,13 @@ def playing(phase, capacity, num_envs, steps, device, turns=None, floors=()):
     return turns.rate(phase)
 
 
-def distillation(capacity, batches, args, device, turns, floors):
+def distillation(capacity, batches, args, turns, floors):
     """The loop of `actor_distill.py`'s own `main`, cut short, in laps; a quarter is warm-up."""
     plain, calls = distill.distill_update, itertools.count(1)
 
     def distill_update(*batch):
         sums, count = plain(*batch), next(calls)
-        turns.lap("distillation", args.batch_size, *(floors if due(count, device, 1) else ()))
+        turns.lap("distillation", args.batch_size, *floors)
         if count == batches // 4:
             turns.forget()
         if count == batches:
@@ -310,33 +295,31 @@ def distillation(capacity, batches, args, device, turns, floors):
             optimizer="adam",
             eval_steps=0,
             buffer_path=args.buffer_path,
-            cuda=args.cuda,
+            cuda=False,
             compile=args.compile,
         )
         distill.main(flags)
 
 
-def plain_loop(args, device):
+def plain_loop(args):
     """What a newcomer would write, a step a call: stacked observations, DataLoader, NCHW."""
     with np.load(args.buffer_path) as buffer:
         rows = buffer["stack_index"][: 32 * args.batch_size]
         obs = torch.from_numpy(buffer["frames"][rows])
         targets = torch.from_numpy(buffer["action_probs"][: len(rows)])
-    agent = teacher.Agent("medium", NUM_ACTIONS).to(device)
+    agent = teacher.Agent("medium", NUM_ACTIONS)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
     data = torch.utils.data.TensorDataset(obs, targets)
     loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def work():
-        x, target = (tensor.to(device) for tensor in next(batches))
+        x, target = next(batches)
         logits = agent.actor(agent.network(x.float() / 255))
         loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         return len(x)
 
     return work
@@ -375,7 +358,7 @@ def loading(buffer_path):
 
 def decision(capacity):
     """Microseconds from one observation to one action, one thread; multiply-adds; parameters."""
-    agent, _ = agent_and_optimizer(capacity, "cpu")
+    agent, _ = agent_and_optimizer(capacity)
     obs = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
     multiply_adds = agent.actor.weight.numel()
     for layer, positions in {0: 20 * 20, 2: 9 * 9, 4: 7 * 7, 7: 1}.items():
@@ -452,12 +435,12 @@ def main(args):
     if args.processes > 1:
         return several_processes(args)
     started = time.time()
-    device, *_ = teacher.set_up_torch(1, args.cuda, True)
+    teacher.set_up_torch(1, False, True)
     floors = {
         "env": environment_alone(args.num_envs),
-        "forward": forward_alone("high", args.num_envs, device),
-        "plain loop": plain_loop(args, device),
-        **{c: update_alone(c, args.batch_size, device) for c in CAPACITIES},
+        "forward": forward_alone("high", args.num_envs),
+        "plain loop": plain_loop(args),
+        **{c: update_alone(c, args.batch_size) for c in CAPACITIES},
     }
     for work in floors.values():
         work()
@@ -474,7 +457,7 @@ def main(args):
     for repeat in range(1, args.repeats + 1):
         print(f"{time.time() - started:4.0f} s  repeat {repeat} of {args.repeats}", file=sys.stderr)
         turns, minibatches = Turns(floors), args.num_envs * 128 // args.batch_size
-        ppo_script(args, device, args.num_envs, minibatches, epochs, 2, turns, games, ("high",))
+        ppo_script(args, args.num_envs, minibatches, epochs, 2, turns, games, ("high",))
         rollout, update = turns.rate("rollout"), turns.rate("update")
         play_floor, update_floor = in_turn(*map(turns.rate, games)), turns.rate("high")
         add("rollout, high", rollout, play_floor)
@@ -483,12 +466,12 @@ def main(args):
         add(f"PPO whole, {epochs} epochs", in_turn(rollout, update / epochs), whole_floor)
         for phase in ("collection", "evaluation"):
             turns = Turns(floors)
-            rate = playing(phase, "high", args.num_envs, 2048, device, turns, games)
+            rate = playing(phase, "high", args.num_envs, 2048, turns, games)
             add(f"{phase}, high", rate, in_turn(*map(turns.rate, games)))
         for capacity in CAPACITIES:
             turns = Turns(floors)
             peers = (capacity, "plain loop") if capacity == "medium" else (capacity,)
-            distillation(capacity, 24, args, device, turns, peers)
+            distillation(capacity, 24, args, turns, peers)
             rate = turns.rate("distillation")
             add(f"distillation, {capacity}", rate, turns.rate(capacity), "samples/s")
             if capacity == "medium":
@@ -497,9 +480,9 @@ def main(args):
         add("loading a buffer", ours, numpys, "MB/s")
         if args.cleanrl:
             turns = Turns({})
-            ppo_script(args, device, 8, 4, 4, 4, turns)
+            ppo_script(args, 8, 4, 4, 4, turns)
             rate = in_turn(turns.rate("rollout"), turns.rate("update") / 4)
-            add("CleanRL", rate, cleanrl_script(args, device))
+            add("CleanRL", rate, cleanrl_script(args))
 
     table, peers = [], {}
     for (name, unit), pairs in measured.items():
@@ -514,7 +497,6 @@ def main(args):
         "command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.machine(),
-        "device": device.type,
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -529,8 +511,8 @@ def main(args):
         "peak memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
     head = (
-        "`{command}`, {date}, {device}, {cores} cores with {instructions}, {threads} torch threads, "
-        "torch {torch}, medians of {flags[repeats]} repeats, {seconds} s."
+        "`{command}`, {date}, {cores} cores with {instructions}, {threads} torch threads, torch "
+        "{torch}, medians of {flags[repeats]} repeats, {seconds} s."
     )
     lines = [head.format(**result), "", "| phase | rate | its floor | ratio |", "|---|---|---|---|"]
     form = "| {phase} | {rate:,.0f} {unit} | {floor:,.0f} | {ratio:.2f} |"
