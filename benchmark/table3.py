@@ -205,7 +205,9 @@ def heat_map(results, picture):
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(REFERENCE)), REFERENCE, rotation=30, ha="right")
     axes.set_yticks(range(len(ROWS) - 1), list(ROWS)[1:])
-    figure.colorbar(image, label="of the teacher's score", format=lambda x, _: f"{x:.0%}")
+    figure.colorbar(
+        image, extend="max", label="of the teacher's score", format=lambda x, _: f"{x:.0%}"
+    )
     figure.savefig(picture, dpi=110)
 
 
