@@ -12,7 +12,7 @@ for epochs in $2; do
     name=distill_$1_$epochs
     [ -e "$results/$name" ] && continue
     python actor_distill.py --env-id $game --buffer-path pretrained/$game/buffer.npz --capacity "$1" \
-        --epochs "$epochs" --batch-size 64 --optimizer sgd --learning-rate 0.03 --no-anneal-lr \
+        --epochs "$epochs" --batch-size 64 --loss kl --optimizer sgd --learning-rate 0.03 --no-anneal-lr \
         --eval-steps 50_000 --exp-name "$name" --overwrite --save-path "checkpoints/$game/$name.pt"
     cp -r "$(ls -d runs/${game}__"${name}"__* | tail -n 1)" "$results/$name"
 done

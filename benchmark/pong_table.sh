@@ -16,7 +16,7 @@ teacher=$checkpoints/ppo_high.pt buffer=buffers/$game.npz
 [ -e "$teacher" ] || teacher=pretrained/$game/ppo_high.pt
 [ -e "$buffer" ] || buffer=pretrained/$game/buffer.npz
 # the paper's SGD at a constant rate
-sgd="--optimizer sgd --learning-rate 0.03 --batch-size 32 --no-anneal-lr"
+sgd="--loss kl --optimizer sgd --learning-rate 0.03 --batch-size 32 --no-anneal-lr"
 # smaller rollouts and fewer passes than the paper's, as the shipped teacher was trained
 ppo="--num-steps 128 --num-minibatches 8 --checkpoint-interval 50_000 --resume"
 direct="$ppo --update-epochs 4 --learning-rate 5e-4 --clip-coef 0.2 --total-timesteps $budget"
