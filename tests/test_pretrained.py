@@ -1,6 +1,7 @@
 """What ships in `pretrained/`: the files are those of its table and do what the table says."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -62,16 +63,17 @@ def test_policy_is_stripped_small_and_as_good_as_its_row_says(file):
 
 
 def test_buffer_was_recorded_from_the_shipped_teacher(shipped):
+    """From its file in float32, of which the one that ships has the weights in float16."""
     game, (frames, stack_index, action_probs, values, _, meta) = shipped
     path = PRETRAINED / game / "ppo_high.pt"
     teacher, agent = collect.load_teacher(path, game, action_probs.shape[1])
-    assert meta["teacher"]["sha256"] == teacher["sha256"]
+    assert f"`{meta['teacher']['sha256']}`" in (PRETRAINED / "README.md").read_text()
     assert meta["teacher"]["evaluation"] == teacher["evaluation"]
     rows = np.random.default_rng(0).choice(len(values), 200, replace=False)
     with torch.no_grad():
         logits, expected = agent(torch.from_numpy(frames[stack_index[rows]]))
-    np.testing.assert_allclose(action_probs[rows], logits.softmax(-1), atol=1e-4)
-    np.testing.assert_allclose(values[rows], expected, atol=1e-3)
+    np.testing.assert_allclose(action_probs[rows], logits.softmax(-1), atol=2e-3)
+    np.testing.assert_allclose(values[rows], expected, atol=1e-2)
 
 
 def test_held_out_samples_are_no_training_samples(shipped):
@@ -102,6 +104,18 @@ def test_a_checkpoint_stripped_for_shipping_is_half_as_large_and_plays_the_same(
         torch.testing.assert_close(
             stripped(obs)[0].softmax(-1), agent(obs)[0].softmax(-1), atol=2e-3, rtol=0
         )
+
+
+def test_weights_in_float16_score_as_the_evaluation_in_their_file_says(tmp_path, monkeypatch):
+    """In Freeway, whose scores vary by 1.2: 1.5 are more than three times what chance does."""
+    monkeypatch.chdir(tmp_path)
+    path = PRETRAINED / "FreewayNoFrameskip-v4" / "distilled_low.pt"
+    flags = {"env_id": path.parent.name, "eval_only": str(path), "eval_steps": 8, "num_envs": 8}
+    run_main(distill, distill.Args(**flags))
+    (file,) = tmp_path.glob("runs/*/eval.json")
+    found, expected = json.loads(file.read_text()), torch.load(path)["evaluation"]
+    assert found["episodes"] == 8
+    assert found["mean"] == pytest.approx(expected["mean"], abs=1.5)
 
 
 @pytest.mark.parametrize("game", [x for x in GAMES if x != "PongNoFrameskip-v4"])
