@@ -4,11 +4,10 @@
     python actor_distill.py --resume                              # go on after an interruption
     python actor_distill.py --eval-only checkpoints/PongNoFrameskip-v4/distilled_medium.pt
 
-The student minimises KL(student || teacher) over the actions, averaged over the batch, after a
-fifth of its training by KL(teacher || student), Eq. 3 of Green, Vineyard & Koç (2019),
-"Distillation Strategies for Proximal Policy Optimization"; `--loss kl` keeps to Eq. 3. From a
-buffer of Q-values it learns by one of the three losses of DQN distillation, Rusu et al. 2015
-(arXiv:1511.06295). `global_step` counts the samples seen.
+In the first fifth of its training the student minimises KL(teacher || student), Eq. 3 of Green,
+Vineyard & Koç (2019), "Distillation Strategies for Proximal Policy Optimization"; then it minimises
+KL(student || teacher). `--loss kl` keeps to Eq. 3. From a buffer of Q-values it learns by one of
+the losses of Rusu et al. 2015 (arXiv:1511.06295). `global_step` counts the samples seen.
 """
 
 import copy
@@ -59,8 +58,9 @@ class Args:
     """use a GPU where there is one"""
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic kernels only"""
+    bf16: bool = False
+    """let the network in training compute in bfloat16, with float32 weights and losses; faster on
+    a GPU and on CPUs with AVX-512-BF16 or AMX, slower on others"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -100,13 +100,16 @@ class Args:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or the paper's mini-batch SGD, with momentum 0.9"""
     learning_rate: PositiveFloat = 2e-3
-    """learning rate; SGD takes 0.01, and with `--loss kl` 0.03"""
+    """highest learning rate; for SGD pass 0.01, and with `--loss kl` 0.03"""
     anneal_lr: bool = True
-    """let the rate fall linearly to 0, after a rise over the first 10% of the training"""
+    """let the rate rise linearly from 0, then fall to 0"""
+    warmup_fraction: Fraction = 0.1
+    """share of the training in which the rate rises, with `anneal_lr`"""
     loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
-    """KL(student || teacher) after a start by kl, KL(teacher || student), the squared error of
-    Q-values, or the negative log-likelihood of the teacher's best action; default reverse_kl, for
-    Q-values kl"""
+    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the negative
+    log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
+    eq3_fraction: Fraction = 0.2
+    """share of the training, at its start, in which `reverse_kl` still learns by kl, Eq. 3"""
     temperature: PositiveFloat | None = None
     """divides log-probabilities (default 1, as in Eq. 3) or Q-values (default 0.01) for a KL"""
     value_coef: float = 0.0
@@ -115,6 +118,68 @@ class Args:
     """share of the samples to hold out: whole episodes or, if these are long, the last stretch"""
     early_stop_patience: NonNegativeInt = 0
     """stop after so many epochs without a lower held-out loss and keep the best; 0 runs them all"""
+
+
+class AtariEnvs(AtariVectorEnv):
+    """Atari games side by side, on ale-py's C++ threads, with the game's minimal set of actions.
+
+    After a lost life FIRE replaces the next action, in games that have FIRE, as in the paper's
+    reference code. The stack of frames runs on over a lost life, which with `life_loss` is reported
+    as `terminated`; the game goes on. A game that ends begins anew within the same step. Rewards
+    are raw. Observations are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's
+    start.
+
+    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
+    `game_over`, bool [N]: those that ended with the last step.
+    """
+
+    def __init__(self, rom, num_envs, repeat_action_probability, life_loss):
+        super().__init__(
+            rom,
+            num_envs,
+            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            use_fire_reset=True,
+            frameskip=4,
+            maxpool=True,  # each pixel's maximum over the last two of the four frames
+            img_height=84,
+            img_width=84,
+            grayscale=True,
+            stack_num=4,
+            max_num_frames_per_episode=108_000,
+            episodic_life=False,
+            life_loss_info=life_loss,
+            reward_clipping=False,
+            repeat_action_probability=repeat_action_probability,
+            autoreset_mode="SameStep",
+        )
+        self.action_meanings = [action.name for action in self.ale.get_action_set()]
+        self.fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
+
+    def reset(self, **options):
+        obs, info = super().reset(**options)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        self.forced = np.zeros(self.num_envs, bool)
+        return obs, info
+
+    def step(self, actions):
+        if self.forced.any():
+            actions = np.where(self.forced, self.fire, actions)
+        obs, reward, terminated, truncated, info = super().step(actions)
+        # neither a lost life nor `terminated` tells: only a new game sets this counter back
+        self.game_over = info["episode_frame_number"] < self.frame_number
+        lost_life = (0 < info["lives"]) & (info["lives"] < self.lives) & ~self.game_over
+        self.forced = lost_life & (self.fire is not None)
+        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
+        return obs, reward, terminated, truncated, info
+
+
+def game_seeds(num_envs, *entropy):
+    """An emulator seed per game, int64 [num_envs], independent for different `entropy`, integers:
+    the run's seed, then 1 for training, 2 for collection or 3 for evaluation.
+
+    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
+    """
+    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
 
 
 def layer_init(layer, std=2**0.5):
@@ -154,11 +219,17 @@ class Agent(nn.Module):
         # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
         x = obs.contiguous(memory_format=torch.channels_last).float()
         first, *rest = self.network
-        # divides 255 out of the first convolution's weights instead of out of every pixel
+        # the same as obs / 255, but divides the few weights instead of every pixel
         x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
         for layer in rest:
             x = layer(x)
-        return self.actor(x), self.critic(x).squeeze(-1)
+        return self.actor(x).float(), self.critic(x).float().squeeze(-1)
+
+
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log()).argmax(-1)
 
 
 def kl_divergence(target_probs, logits):
@@ -179,8 +250,8 @@ def squared_error(target_q, q_values):
     return (target_q - q_values).square().sum(-1)
 
 
-def make_targets(outputs, q_values, loss, temperature):
-    """What the student is fitted to, from the teacher's Q-values or probabilities float32 [N, A].
+def make_targets(outputs, are_q_values, loss, temperature):
+    """Targets float32 [N, A] from the teacher's Q-values or probabilities of that shape.
 
     For a KL softmax(Q / temperature) or softmax(log(p) / temperature); for "nll" 1 for the best
     action, 0 for the others; for "mse" the Q-values.
@@ -189,234 +260,9 @@ def make_targets(outputs, q_values, loss, temperature):
         return outputs
     if loss == "nll":
         return nn.functional.one_hot(outputs.argmax(-1), outputs.shape[1]).float()
-    if q_values:  # the maximum goes first: dividing would cost large Q-values their last digits
+    if are_q_values:  # the maximum goes first: dividing would cost large Q-values their last digits
         return ((outputs - outputs.amax(-1, keepdim=True)) / temperature).softmax(-1)
     return outputs if temperature == 1 else (outputs.log() / temperature).softmax(-1)
-
-
-def batch_loss(agent, obs, targets, target_values, value_coef, divergence=kl_divergence):
-    """The student's loss on observations uint8 [B, 4, 84, 84], and the batch's sums, float32 [2].
-
-    `targets` float32 [B, A] and `target_values` [B] are the teacher's; `value_coef` weighs
-    0.5 (V - V_teacher)^2, the second sum; `divergence` maps targets and logits to float32 [B].
-    """
-    logits, values = agent(obs)
-    assert values.shape == target_values.shape, "values of shape [B, 1] would broadcast"
-    distance = divergence(targets, logits)
-    value_error = 0.5 * (values - target_values).square()
-    loss = distance.mean()
-    if value_coef:
-        loss = loss + value_coef * value_error.mean()
-    return loss, torch.stack((distance.sum(), value_error.sum())).detach()
-
-
-def distill_update(agent, optimizer, loss_function, *batch):
-    """One optimiser step by `batch_loss`, compiled or not, which takes `batch` after the student.
-
-    Returns its two sums; no value leaves the device.
-    """
-    optimizer.zero_grad()
-    loss, sums = loss_function(agent, *batch)
-    loss.backward()
-    optimizer.step()
-    return sums.clone()  # CUDA graphs write the next ones to the same place
-
-
-@torch.inference_mode()
-def validate(agent, get_batch, rows, loss="kl", divergence=kl_divergence):
-    """Compare student and teacher on samples, rows int64 [M] of `get_batch`: means by name.
-
-    `validation/{loss}`, in nats unless squared; `validation/agreement`, the share in which both
-    find the same action best; `validation/value_loss`, half the critic's squared error;
-    `validation/entropy_gap`, the student's entropy less the targets'.
-    """
-    sums = 0
-    for batch in rows.split(1024):
-        obs, targets, target_values = get_batch(batch)
-        logits, values = agent(obs)
-        student, teacher = logits.softmax(-1), targets.softmax(-1) if loss == "mse" else targets
-        agrees = logits.argmax(-1) == targets.argmax(-1)
-        value_error = 0.5 * (values - target_values).square()
-        entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
-        figures = (divergence(targets, logits), agrees, value_error, entropy_gap)
-        sums = sums + torch.stack([figure.sum() for figure in figures])
-    names = (loss, "agreement", "value_loss", "entropy_gap")
-    means = (sums / len(rows)).tolist()
-    return {f"validation/{name}": mean for name, mean in zip(names, means, strict=True)}
-
-
-def main(args):
-    args.env_id, rom = resolve_game(args.env_id)
-    args.buffer_path = find_input(args.buffer_path, Args.buffer_path, "buffer.npz", args)
-    args.save_path = args.save_path.format(**vars(args))
-    device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
-    if args.eval_only:
-        checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        agent = agent.to(device, memory_format=torch.channels_last)
-        return evaluate(agent, rom, args, checkpoint, open_log(args))
-
-    if rank == 0:
-        claim(args.save_path, args.overwrite or args.resume)
-    *buffer, episode_index, meta = load_buffer(args.buffer_path, args.env_id)
-    q_values = meta.get("targets") == "q_values"
-    args.loss = args.loss or ("kl" if q_values else "reverse_kl")
-    if args.loss == "mse" and not q_values:
-        sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
-    args.temperature = args.temperature or (0.01 if q_values else 1.0)
-    train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
-    new = unseen(*buffer[:2], train_rows, held_out)
-    print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
-    held_out = new if len(new) else held_out
-    batch_size = min(args.batch_size, len(train_rows))
-    if batch_size % processes:
-        sys.exit(f"--batch-size {batch_size} must be a multiple of the {processes} processes")
-    strata = train_rows[: len(train_rows) // batch_size * batch_size].reshape(batch_size, -1)
-    total = args.epochs * strata.size
-    strata = np.split(strata, processes)[rank]
-    frames, stack_index, outputs, values = (torch.from_numpy(array).to(device) for array in buffer)
-    targets = make_targets(outputs, q_values, args.loss, args.temperature)
-
-    def get_batch(rows):
-        """Observations uint8 [B, 4, 84, 84], targets and target values of samples."""
-        newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
-        return torch.stack(newest_last, -1).permute(0, 3, 1, 2), targets[rows], values[rows]
-
-    agent, checkpoint = Agent(args.capacity, outputs.shape[1]), {}
-    if args.resume and os.path.exists(args.save_path):
-        checkpoint, agent = load_checkpoint(args.save_path, args.env_id, "pass --overwrite")
-        agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
-    agent = agent.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(agent.parameters(), fused=True)
-    teacher = meta.get("teacher") or {}
-    args.teacher = teacher.get("sha256")  # no flag: for W&B's config
-    criterion, best = f"validation/{args.loss}", (0, math.inf)
-    if checkpoint:
-        restore(checkpoint, "distilled", args, agent, optimizer)
-        best = (checkpoint["epoch"], checkpoint["validation"].get(criterion, math.inf))
-    start = total // args.epochs * checkpoint.get("last_epoch", 0)
-    bar = progress(initial=start, total=total, unit="sample", disable=rank > 0)
-    data = (get_batch, strata, torch.from_numpy(held_out).to(device))
-    epochs = train(args, agent, optimizer, *data, best, bar, rank, processes)
-    if rank:  # process 0 alone logs, saves and evaluates
-        return list(epochs)
-
-    writer = open_log(args, checkpoint.get("run_name"), start)
-    about = {"phase": "distilled", "env_id": args.env_id, "capacity": args.capacity}
-    about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
-    about |= {"args": vars(args), "teacher": teacher}
-    lr = f"{scheduled(args, start / total):.3g} of {args.learning_rate:g}"
-    print(f"run         {writer.log_dir} on {device}, sample {start:,}, learning rate {lr}")
-
-    try:
-        for epoch, best_epoch, metrics, validation in epochs:
-            for name, value in (metrics | validation).items():
-                writer.add_scalar(name, value, bar.n)
-            writer.flush()
-            bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
-            state = training_state(agent, optimizer)
-            state |= {"last_model": state["model"], "last_epoch": epoch}
-            state |= {"epoch": epoch, "global_step": bar.n, "validation": validation}
-            if best_epoch < epoch:
-                kept = ("model", "epoch", "global_step", "validation")
-                state |= {name: checkpoint[name] for name in kept}
-            checkpoint = {**about, **state}
-            save_checkpoint(args.save_path, checkpoint)
-        bar.close()
-        agent.load_state_dict(checkpoint["model"])
-        figures = [f"{name} {value:.4f}" for name, value in checkpoint["validation"].items()]
-        print(f"kept        epoch {checkpoint['epoch']}: {', '.join(figures)}")
-        if args.eval_steps:
-            checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer)
-            save_checkpoint(args.save_path, checkpoint)
-    except KeyboardInterrupt:
-        bar.close()
-        epochs = checkpoint.get("last_epoch", 0)
-        if epochs:  # the signal may have come while it was being saved
-            save_checkpoint(args.save_path, checkpoint)
-        sys.exit(f"\nstopped after epoch {epochs}; pass --resume to go on")
-    print(f"wrote       {args.save_path}")
-    if args.loss != "mse":  # which gives PPO no policy to start from
-        command = "finetune_student.py --student-path"
-        print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
-    share = share_of_teacher(checkpoint.get("evaluation"), teacher.get("evaluation"))
-    print(f"student     {share}")
-
-
-def train(args, agent, optimizer, get_batch, strata, held_out, best, bar, rank=0, processes=1):
-    """Fit the student, from the sample on at which the progress `bar` stands.
-
-    Args:
-        get_batch: maps rows int64 [B] to observations, targets and target values.
-        strata: rows int64 [B, K]; each of the K batches of an epoch has one row of each stratum. Of
-            torchrun's `processes`, this one has share `rank` of the strata.
-        held_out: rows int64 [M], a tensor; `best`: number and loss of the best epoch on them.
-
-    Yields after each epoch its number, the best one's, and two dicts to log, one by `validate`.
-    """
-    learner, loss_function, start, start_time = agent, batch_loss, bar.n, time.time()
-    agent.critic.requires_grad_(args.value_coef != 0)
-    if processes > 1:  # averages the gradients
-        learner = nn.parallel.DistributedDataParallel(agent)
-    if args.compile:
-        loss_function = torch.compile(batch_loss, mode="reduce-overhead", dynamic=False)
-    divergences = {"reverse_kl": reverse_kl, "mse": squared_error}
-    divergence = divergences.get(args.loss, kl_divergence)
-    samples = processes * strata.size
-    best_epoch, best_loss = best
-    columns = np.tile(np.arange(strata.shape[1]), (processes * len(strata), 1))
-    for epoch in range(start // samples + 1, args.epochs + 1):
-        if 0 < args.early_stop_patience < epoch - best_epoch:
-            return
-        shuffled = np.random.default_rng((args.seed, 5, epoch)).permuted(columns, axis=1)
-        order = np.take_along_axis(strata, np.split(shuffled, processes)[rank], axis=1)
-        sums = torch.zeros(2, device=held_out.device)
-        for i, rows in enumerate(torch.from_numpy(order.T.copy()).to(held_out.device)):
-            fraction = (epoch - 1 + i / len(order.T)) / args.epochs
-            optimizer.param_groups[0]["lr"] = scheduled(args, fraction)
-            # from the start on, KL(student || teacher) can end at one action for every observation,
-            # where its gradient vanishes
-            by_eq3 = args.loss == "reverse_kl" and fraction < 0.2
-            batch = (*get_batch(rows), args.value_coef, kl_divergence if by_eq3 else divergence)
-            sums += distill_update(learner, optimizer, loss_function, *batch)
-            bar.update(processes * len(rows))
-
-        loss, value_loss = (gathered(sums).sum(0) / samples).tolist()
-        if not math.isfinite(loss + value_loss):
-            sys.exit(f"distillation diverged in epoch {epoch}; lower --learning-rate")
-        metrics = {f"losses/{args.loss}": loss, "losses/value_loss": value_loss}
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = (epoch * samples - start) / (time.time() - start_time)
-        metrics["charts/epoch"] = epoch
-        validation = validate(agent, get_batch, held_out, args.loss, divergence)
-        held_out_loss = gathered(sums.new_tensor(validation[f"validation/{args.loss}"]))[0]
-        if not args.early_stop_patience or held_out_loss < best_loss:
-            best_epoch, best_loss = epoch, held_out_loss
-        yield epoch, best_epoch, metrics, validation
-
-
-def load_buffer(path, env_id):
-    """Read a buffer, or exit: frames, stack_index, action_probs or q_values, values, episode_index
-    and `meta`, as in docs/files.md. Runs no code in it."""
-    fix = f"make one with `python collect_buffer.py --env-id {env_id}`"
-    try:
-        with np.load(path) as file:
-            meta = json.loads(str(file["meta"]))
-            if meta["env_id"] != env_id:
-                sys.exit(f"{path}: plays {meta['env_id']}; pass that --env-id, or {fix}")
-            targets = meta.get("targets", "action_probs")
-            names = ("frames", "stack_index", targets, "values", "episode_index")
-            frames, stack_index, outputs, *rest = (file[name] for name in names)
-        fits = [len(array) == len(stack_index) for array in (outputs, *rest)]
-        fits.append(frames.shape[1:] == (84, 84) and frames.dtype == np.uint8)
-        fits.append(0 <= stack_index.min() and stack_index.max() < len(frames))
-        fits.append(targets == "q_values" or np.allclose(abs(outputs).sum(1), 1, atol=1e-3))
-        if not all(fits) or not np.isfinite(outputs).all():
-            raise ValueError("its arrays do not fit each other, or hold no probabilities")
-    except Exception as error:  # noqa: BLE001, as foreign files can raise anything
-        sys.exit(f"{path}: no buffer of this project ({error!r:.250}); {fix}")
-    return frames, stack_index, outputs, *rest, meta
 
 
 def split_episodes(episode_index, fraction, seed):
@@ -435,75 +281,191 @@ def split_episodes(episode_index, fraction, seed):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def unseen(frames, stack_index, train_rows, held_out):
+def unlike_training(frames, stack_index, train_rows, held_out):
     """The held-out rows whose observation is no training row's; many are, as games start alike."""
+    # four checksums as one key of 16 bytes, so that isin compares whole observations
     checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
     observations = checksums[stack_index].view("V16").ravel()
     return held_out[~np.isin(observations[held_out], observations[train_rows])]
 
 
-def scheduled(args, fraction):
-    """The learning rate after a `fraction`, 0 to 1, of the training."""
-    # a rise over 2% left a student of Pong with nearly all channels of a convolution dead
-    return args.learning_rate * (min(fraction / 0.1, 1 - fraction) if args.anneal_lr else 1)
+def sum_over_processes(x):
+    """A tensor summed in place over torchrun's processes, if there are several; returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
 
 
-class AtariEnvs(AtariVectorEnv):
-    """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
+@torch.inference_mode()
+def validate(agent, get_batch, rows, loss_functions):
+    """Compare student and teacher on samples, rows int64 [M] of `get_batch`: means by name.
 
-    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
-    `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
-    are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
-
-    `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
-    `game_over`, bool [N]: those that ended with the last step.
+    `validation/{name}` of each of `loss_functions`, which map targets and logits to float32 [B];
+    `agreement`, the share in which both find the same action best; `entropy_gap`, the student's
+    entropy less the targets'; `value_loss`, half the critic's squared error.
     """
-
-    def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
-        super().__init__(
-            rom,
-            num_envs,
-            autoreset_mode="SameStep",
-            reward_clipping=False,
-            life_loss_info=life_loss,
-            repeat_action_probability=repeat_action_probability,
-        )
-        self.action_meanings = [action.name for action in self.ale.get_action_set()]
-        self.fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
-
-    def reset(self, **options):
-        obs, info = super().reset(**options)
-        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
-        self.forced = np.zeros(self.num_envs, bool)
-        return obs, info
-
-    def step(self, actions):
-        if self.forced.any():
-            actions = np.where(self.forced, self.fire, actions)
-        obs, reward, terminated, truncated, info = super().step(actions)
-        self.game_over = info["episode_frame_number"] < self.frame_number
-        lost_life = (0 < info["lives"]) & (info["lives"] < self.lives) & ~self.game_over
-        self.forced = lost_life & (self.fire is not None)
-        self.lives, self.frame_number = info["lives"], info["episode_frame_number"]
-        return obs, reward, terminated, truncated, info
+    names, sums = (*loss_functions, "agreement", "entropy_gap", "value_loss"), 0
+    for batch in rows.split(1024):
+        obs, targets, target_values = get_batch(batch)
+        logits, values = agent(obs)
+        agrees = logits.argmax(-1) == targets.argmax(-1)
+        student, teacher = logits.softmax(-1), targets
+        if "mse" in loss_functions:
+            teacher = targets.softmax(-1)
+        entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
+        figures = [divergence(targets, logits) for divergence in loss_functions.values()]
+        figures += [
+            agrees,
+            entropy_gap,
+            0.5 * (values - target_values).square(),
+            torch.ones_like(values),
+        ]
+        sums = sums + torch.stack([figure.sum() for figure in figures])
+    *sums, count = sum_over_processes(sums).tolist()
+    return {f"validation/{name}": x / count for name, x in zip(names, sums, strict=True)}
 
 
-def game_seeds(num_envs, *entropy):
-    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
+    """Fit a student to what `load_buffer` has read. Returns the one to keep.
 
-    ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
+    Goes on from `checkpoint`, and keeps in it what the last whole epoch has led to. Of torchrun's
+    processes each learns from its share of a batch, with averaged gradients; process 0 alone logs,
+    to `writer`, and saves.
     """
-    return (np.random.SeedSequence(entropy).generate_state(num_envs) >> 1).astype(np.int64)
+    frames, stack_index, outputs, teacher_values, episode_index, meta = buffer
+    train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
+    new = unlike_training(frames, stack_index, train_rows, held_out)
+    if rank == 0:
+        print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
+    held_out = new if len(new) else held_out
+    held_out = torch.from_numpy(held_out[rank::world_size]).to(device)
+    frames = torch.from_numpy(frames).to(device)
+    stack_index = torch.from_numpy(stack_index).to(device)
+    teacher_values = torch.from_numpy(teacher_values).to(device)
+    outputs = torch.from_numpy(outputs).to(device)
+    are_q_values = meta.get("targets") == "q_values"
+    targets = make_targets(outputs, are_q_values, args.loss, args.temperature)
+
+    def get_batch(rows):
+        """Observations uint8 [B, 4, 84, 84], targets [B, A] and the teacher's values [B]."""
+        newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
+        obs = torch.stack(newest_last, -1).permute(0, 3, 1, 2)
+        return obs, targets[rows], teacher_values[rows]
+
+    agent = Agent(args.capacity, targets.shape[1])
+    agent = agent.to(device, memory_format=torch.channels_last)
+    agent.critic.requires_grad_(args.value_coef != 0)
+    optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
+    restore(checkpoint, agent, optimizer)
+    learner = agent
+    loss_functions = {"kl": kl_divergence, "reverse_kl": reverse_kl}
+    if args.loss == "nll":  # the divergence from a one-hot target
+        loss_functions = {"nll": kl_divergence}
+    if args.loss == "mse":
+        loss_functions = {"mse": squared_error}
+    if world_size > 1:  # starts from the weights of process 0, and averages the gradients
+        learner = nn.parallel.DistributedDataParallel(agent)
+    if args.compile:
+        learner = torch.compile(learner, mode="reduce-overhead", dynamic=False)
+        loss_functions = {
+            name: torch.compile(f, dynamic=False) for name, f in loss_functions.items()
+        }
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+    batch_size = min(args.batch_size, len(train_rows))
+    steps = len(train_rows) // batch_size
+    # a batch has one sample of each stratum, an equal stretch of the buffer
+    strata = train_rows[: steps * batch_size].reshape(batch_size, steps)[rank::world_size]
+    start_epoch = checkpoint["last_epoch"]
+    # as first planned, also where a resume asks for more epochs
+    eq3_epochs = checkpoint.setdefault("eq3_epochs", args.eq3_fraction * args.epochs)
+    epoch_samples = steps * batch_size
+    done, total = start_epoch * epoch_samples, args.epochs * epoch_samples
+    bar = progress(initial=done, total=total, unit="sample", disable=rank > 0)
+    start_time = time.time()
+    for epoch in range(start_epoch + 1, args.epochs + 1):
+        if 0 < args.early_stop_patience < epoch - checkpoint["epoch"]:
+            break
+        shuffled = np.random.default_rng((args.seed, 5, rank, epoch)).permuted(strata, axis=1)
+        sums = torch.zeros(len(loss_functions) + 1, device=device)
+        for i, rows in enumerate(torch.from_numpy(shuffled.T.copy()).to(device)):
+            epochs_done = epoch - 1 + i / steps
+            lr = args.learning_rate
+            if args.anneal_lr:
+                knots = [0, args.warmup_fraction * args.epochs, args.epochs]
+                lr *= np.interp(epochs_done, knots, [0, 1, 0]).item()
+            optimizer.param_groups[0]["lr"] = lr
+
+            b_obs, b_targets, b_values = get_batch(rows)
+            with autocast:
+                logits, values = learner(b_obs)
+            losses = {name: f(b_targets, logits).mean() for name, f in loss_functions.items()}
+            # from the start on, KL(student || teacher) can end at one action for every observation,
+            # where its gradient vanishes
+            by_eq3 = args.loss == "reverse_kl" and epochs_done < eq3_epochs
+            loss = losses["kl" if by_eq3 else args.loss]
+            value_loss = 0.5 * (values - b_values).square().mean()
+            if args.value_coef:
+                loss = loss + args.value_coef * value_loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sums += torch.stack([*losses.values(), value_loss]).detach()
+            bar.update(batch_size)
+
+        validation = validate(agent, get_batch, held_out, loss_functions)
+        if not all(map(math.isfinite, validation.values())):
+            sys.exit(f"distillation diverged in epoch {epoch}; lower --learning-rate")
+        metrics = validation | {"charts/epoch": epoch, "charts/learning_rate": lr}
+        metrics["charts/SPS"] = (epoch - start_epoch) * epoch_samples / (time.time() - start_time)
+        means = sum_over_processes(sums / steps) / world_size
+        for name, mean in zip((*loss_functions, "value_loss"), means.tolist(), strict=True):
+            metrics[f"losses/{name}"] = mean
+        criterion = f"validation/{args.loss}"
+        bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
+        step, state = epoch * epoch_samples, training_state(agent, optimizer)
+        update = {"last_epoch": epoch, "last_step": step, "last_model": state["model"]}
+        update["optimizer"] = state["optimizer"]
+        best = checkpoint.get("validation", {}).get(criterion, math.inf)
+        if not args.early_stop_patience or validation[criterion] < best:
+            update |= {"epoch": epoch, "global_step": step, "model": state["model"]}
+            update["validation"] = validation
+        checkpoint.update(update)
+        if rank == 0:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+            save_checkpoint(args.save_path, checkpoint)
+    agent.load_state_dict(checkpoint["model"])
+    return agent
 
 
-def sample_actions(logits, generator=None, rank=0, processes=1):
-    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
+# Nothing below changes how the network learns: evaluation, logging, files and main.
 
-    Each of several processes draws the noise of all games, and uses its own share of it.
-    """
-    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
-    return (logits - noise.log()).argmax(-1)
+
+def load_buffer(path, env_id):
+    """Read a buffer, or exit: frames, stack_index, action_probs or q_values, values, episode_index
+    and `meta`, as in docs/files.md. Runs no code in it."""
+    fix = f"make one with `python collect_buffer.py --env-id {env_id}`"
+    try:
+        with np.load(path) as file:
+            meta = json.loads(str(file["meta"]))
+            if meta["env_id"] != env_id:
+                sys.exit(f"{path}: plays {meta['env_id']}; pass that --env-id, or {fix}")
+            kind = meta.get("targets", "action_probs")
+            names = ("frames", "stack_index", kind, "values", "episode_index")
+            frames, stack_index, outputs, *rest = (file[name] for name in names)
+        fits = [len(array) == len(stack_index) for array in (outputs, *rest)]
+        fits.append(frames.shape[1:] == (84, 84) and frames.dtype == np.uint8)
+        fits.append(0 <= stack_index.min() and stack_index.max() < len(frames))
+        fits.append(kind == "q_values" or np.allclose(abs(outputs).sum(1), 1, atol=1e-3))
+        if not all(fits) or not np.isfinite(outputs).all():
+            raise ValueError("its arrays do not fit each other, or hold no probabilities")
+    except Exception as error:  # noqa: BLE001, as foreign files can raise anything
+        sys.exit(f"{path}: no buffer of this project ({error!r:.250}); {fix}")
+    return frames, stack_index, outputs, *rest, meta
 
 
 @torch.inference_mode()
@@ -538,7 +500,6 @@ def play(agent, envs, eval_steps, seed, greedy, device):
         game_return[ended] = game_length[ended] = 0
         if slot_step * envs.num_envs >= eval_steps:
             playing &= ~ended
-    bar.close()
     return returns, lengths
 
 
@@ -548,63 +509,45 @@ def summarize(returns):
     `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
     None for a single game.
     """
-    scores = np.array(returns, np.float64)
-    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
+    means = np.random.default_rng(0).choice(returns, (2000, len(returns))).mean(1)
     return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std()),
-        "max": float(scores.max()),
-        "episodes": len(scores),
-        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        "max": float(max(returns)),
+        "episodes": len(returns),
+        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(returns) > 1 else None,
     }
 
 
-def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
+def evaluate(agent, rom, args, checkpoint, writer, device, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
-    global_step and teacher are read. Returns what is written, without the lists of all games.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args and
+    global_step are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
-    envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
-    device = next(agent.parameters()).device
+    envs = AtariEnvs(rom, args.num_envs, args.repeat_action_probability, life_loss=False)
+    agent = agent.to(device, memory_format=torch.channels_last)
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
-    flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
-    result = {
-        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
-        **{key: getattr(args, key) for key in flags},
-        "greedy": greedy,
-        "steps": sum(lengths),
-        **summarize(returns),
-    }
+    result = {key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")}
+    for key in ("seed", "num_envs", "repeat_action_probability", "eval_steps"):
+        result[key] = getattr(args, key)
+    result |= {"greedy": greedy, "steps": sum(lengths), **summarize(returns)}
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std"):
-        writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
+    writer.add_scalar("eval/mean", result["mean"], checkpoint["global_step"])
+    writer.add_scalar("eval/std", result["std"], checkpoint["global_step"])
     writer.flush()
     if args.track:
         import wandb
 
-        about = {**vars(args), "teacher": checkpoint.get("teacher")}
-        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=about)
-        for file in (checkpoint["checkpoint"], path):
-            artifact.add_file(file)
+        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=vars(args))
+        artifact.add_file(checkpoint["checkpoint"])
+        artifact.add_file(path)
         wandb.log_artifact(artifact)
-    print(
-        f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
-    )
+    score = f"mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval {result['ci95']}"
+    print(f"evaluation  {score}, {len(returns)} games, {result['steps']:,} steps: {path}")
     return result
-
-
-def share_of_teacher(result, teacher):
-    """A student's mean return as a share of its teacher's, in words, of evaluations or None."""
-    if not result or not teacher:
-        return "no share of its teacher, since not both are evaluated"
-    text = f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
-    if min(result["mean"], teacher["mean"]) > 0:
-        text += f": {result['mean'] / teacher['mean']:.1%} of its teacher"
-    return text
 
 
 def resolve_game(env_id):
@@ -619,41 +562,28 @@ def resolve_game(env_id):
     return canonical, games[canonical]
 
 
-def find_input(path, default, shipped, args):
-    """`path` with its flags filled in, or if that is the default and missing, the shipped file."""
-    path, pretrained = path.format(**vars(args)), Path(__file__).with_name("pretrained")
-    shipped = pretrained / args.env_id / shipped
-    if path == default.format(**vars(args)) and not os.path.exists(path) and shipped.exists():
-        print(f"pretrained  {shipped} serves as {path}")
-        return str(shipped)
-    return path
-
-
-def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
+def set_up_torch(seed, cuda):
+    """Seed torch and tune its memory; returns the device, a GPU for each of torchrun's processes."""
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = torch_deterministic
+    torch.backends.cudnn.deterministic = True
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank = int(os.environ.get("RANK", "0"))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
-    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu")
 
 
-def gathered(x):
-    """The tensors `x` of all of torchrun's processes, [P, ...]; each process gets them all."""
-    if not torch.distributed.is_initialized():
-        return x.unsqueeze(0)
-    every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, x)
-    return torch.stack(every)
+def find_input(path, default, shipped, args):
+    """`path` with its flags filled in, or if that is the default and missing, the shipped file."""
+    shipped = Path(__file__).with_name("pretrained") / args.env_id / shipped
+    filled = fill_in(path, args)
+    if path == default and not os.path.exists(filled) and shipped.exists():
+        print(f"pretrained  {shipped} serves as {filled}")
+        return str(shipped)
+    return filled
 
 
 def progress(**options):
@@ -677,7 +607,15 @@ def open_log(args, run_name=None, global_step=0):
     return writer
 
 
-def claim(path, replace):
+def fill_in(path, args):
+    """`path` with flags in braces filled in."""
+    try:
+        return path.format(**vars(args))
+    except Exception as error:  # noqa: BLE001, as `{a.b[c]}` can raise anything
+        sys.exit(f"{path}: no flag fits its braces ({error}); name flags as in {{env_id}}")
+
+
+def lock_output(path, replace):
     """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -700,8 +638,7 @@ def load_checkpoint(path, env_id, fix):
     Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
     """
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("damaged: a checksum is wrong")
+        assert zipfile.ZipFile(path).testzip() is None, "damaged: a checksum is wrong"
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["env_id"] != env_id:
             sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
@@ -713,35 +650,97 @@ def load_checkpoint(path, env_id, fix):
 
 
 def training_state(agent, optimizer):
-    """A copy of weights, optimiser and random states: all that later updates depend on."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = {"torch": torch.get_rng_state(), "cuda": cuda}
-    state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}
-    return copy.deepcopy(state)
+    """A copy of the weights and the optimiser's state."""
+    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-def restore(saved, phase, args, agent, optimizer):
-    """Put back what `training_state` copied, and print which flags are not those of before."""
-    kind = (phase, args.capacity)
-    if kind != (saved["phase"], saved["capacity"]) or "optimizer" not in saved:
-        sys.exit(f"{args.save_path}: holds no training of kind {kind}; pass another path")
-    optimizer.load_state_dict(saved["optimizer"])
+def load_training(path, phase, args):
+    """The checkpoint of a training to go on with; exits if these flags would make it another."""
+    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite")
+    if saved["phase"] != phase or "optimizer" not in saved:
+        sys.exit(f"{path}: holds no training of phase {phase}; pass another path")
+    for name in ("capacity", "seed", "optimizer", "validation_fraction"):
+        if (before := saved["args"].get(name)) != vars(args).get(name):
+            sys.exit(f"{path}: was begun with {name} {before}; pass the same, or another path")
+    saved.pop("evaluation", None)
+    return saved
+
+
+def restore(checkpoint, agent, optimizer):
+    """Put back what `training_state` copied, or as much of it as `checkpoint` holds."""
+    if "model" in checkpoint:
+        agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
     for parameter, moments in optimizer.state.items():
         # fused optimisers pair weights and moments by their place in memory: in another layout
         # than its channels_last weight a moment would move the wrong weights, without an error
         for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    torch.set_rng_state(saved["rng"]["torch"])
-    if agent.actor.weight.is_cuda and saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"], agent.actor.weight.device)
-    for name, before in saved["args"].items():
-        now = vars(args).get(name, before)
-        if now != before and name not in ("resume", "overwrite"):
-            print(f"resumed     with --{name.replace('_', '-')} {now}; it was {before}")
+
+
+def compare(result, teacher):
+    """A student's and its teacher's mean returns, in words, of evaluations by the same rules."""
+    rules = ("greedy", "repeat_action_probability")
+    if not result or not teacher or any(result[rule] != teacher[rule] for rule in rules):
+        return "not compared with its teacher, since not both are evaluated by the same rules"
+    return f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
+
+
+def main(args):
+    args.env_id, rom = resolve_game(args.env_id)
+    device = set_up_torch(args.seed, args.cuda)
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
+    if args.eval_only:
+        checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
+        if rank == 0:
+            evaluate(agent, rom, args, checkpoint, open_log(args), device)
+        return
+
+    args.buffer_path = find_input(args.buffer_path, Args.buffer_path, "buffer.npz", args)
+    buffer = load_buffer(args.buffer_path, args.env_id)
+    meta = buffer[-1]
+    q_values = meta.get("targets") == "q_values"
+    args.loss = args.loss or ("kl" if q_values else "reverse_kl")
+    if args.loss == "mse" and not q_values:
+        sys.exit(f"--loss mse: {args.buffer_path} has no Q-values; pass --loss kl or nll")
+    args.temperature = args.temperature or (0.01 if q_values else 1.0)
+    args.teacher = (meta.get("teacher") or {}).get("sha256")  # no flag: for W&B's config
+    args.save_path = fill_in(args.save_path, args)
+    checkpoint, writer = {"last_epoch": 0, "epoch": 0, "global_step": 0}, None
+    if args.resume and os.path.exists(args.save_path):
+        checkpoint = load_training(args.save_path, "distilled", args)
+    if rank == 0:
+        lock_output(args.save_path, args.overwrite or args.resume)
+        writer = open_log(args, checkpoint.get("run_name"), checkpoint.get("last_step", 0))
+        checkpoint.update(phase="distilled", env_id=args.env_id, capacity=args.capacity)
+        checkpoint.update(args=vars(args), teacher=meta.get("teacher"))
+        checkpoint.update(checkpoint=args.save_path, run_name=Path(writer.log_dir).name)
+        print(f"run         {writer.log_dir} on {device}, from epoch {checkpoint['last_epoch']}")
+
+    try:
+        agent = train(args, buffer, checkpoint, writer, device, rank, world_size)
+        if rank == 0 and args.eval_steps:
+            checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer, device)
+            save_checkpoint(args.save_path, checkpoint)
+    except KeyboardInterrupt:
+        if rank == 0 and "optimizer" in checkpoint:
+            save_checkpoint(args.save_path, checkpoint)
+        sys.exit(f"\nstopped after epoch {checkpoint['last_epoch']}; pass --resume to go on")
+    if rank == 0:
+        figures = [f"{name} {value:.4f}" for name, value in checkpoint["validation"].items()]
+        print(f"kept        epoch {checkpoint['epoch']}: {', '.join(figures)}")
+        print(f"wrote       {args.save_path}")
+        if args.loss != "mse":  # which gives PPO no policy to start from
+            command = f"finetune_student.py --capacity {args.capacity} --student-path"
+            print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
+        taught = (meta.get("teacher") or {}).get("evaluation")
+        print(f"student     {compare(checkpoint.get('evaluation'), taught)}")
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(tyro.cli(Args))

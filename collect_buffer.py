@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -63,8 +62,6 @@ class Args:
     """seed of the games and the sampled actions"""
     cuda: bool = True
     """use a GPU where there is one"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic kernels only"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -93,33 +90,45 @@ class Args:
 
     # Collection
     num_samples: Annotated[int, Field(ge=2)] = 540_000
-    """steps to record, all games together; DQN distillation used ten hours of play, 540,000"""
+    """steps to record, all games together, rounded down to a multiple of `num_envs`; those in which
+    FIRE is forced give no sample. DQN distillation used ten hours of play, 540,000"""
     greedy: bool = False
-    """play the most probable action of a policy instead of sampling"""
+    """play the best action: of a policy without sampling, of Q-values without `epsilon`"""
     epsilon: Fraction = 0.05
     """chance that a teacher with Q-values plays a random action instead of its best"""
 
 
 class AtariEnvs(AtariVectorEnv):
-    """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
+    """Atari games side by side, on ale-py's C++ threads, with the game's minimal set of actions.
 
-    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
-    `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
-    are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
+    After a lost life FIRE replaces the next action, in games that have FIRE, as in the paper's
+    reference code. The stack of frames runs on over a lost life, which with `life_loss` is reported
+    as `terminated`; the game goes on. A game that ends begins anew within the same step. Rewards
+    are raw. Observations are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's
+    start.
 
     `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
     `game_over`, bool [N]: those that ended with the last step.
     """
 
-    def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
+    def __init__(self, rom, num_envs, repeat_action_probability, life_loss):
         super().__init__(
             rom,
             num_envs,
-            autoreset_mode="SameStep",
-            reward_clipping=False,
+            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            use_fire_reset=True,
+            frameskip=4,
+            maxpool=True,  # each pixel's maximum over the last two of the four frames
+            img_height=84,
+            img_width=84,
+            grayscale=True,
+            stack_num=4,
+            max_num_frames_per_episode=108_000,
+            episodic_life=False,
             life_loss_info=life_loss,
+            reward_clipping=False,
             repeat_action_probability=repeat_action_probability,
+            autoreset_mode="SameStep",
         )
         self.action_meanings = [action.name for action in self.ale.get_action_set()]
         self.fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
@@ -134,6 +143,7 @@ class AtariEnvs(AtariVectorEnv):
         if self.forced.any():
             actions = np.where(self.forced, self.fire, actions)
         obs, reward, terminated, truncated, info = super().step(actions)
+        # neither a lost life nor `terminated` tells: only a new game sets this counter back
         self.game_over = info["episode_frame_number"] < self.frame_number
         lost_life = (0 < info["lives"]) & (info["lives"] < self.lives) & ~self.game_over
         self.forced = lost_life & (self.fire is not None)
@@ -142,7 +152,8 @@ class AtariEnvs(AtariVectorEnv):
 
 
 def game_seeds(num_envs, *entropy):
-    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+    """An emulator seed per game, int64 [num_envs], independent for different `entropy`, integers:
+    the run's seed, then 1 for training, 2 for collection or 3 for evaluation.
 
     ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
     """
@@ -186,149 +197,107 @@ class Agent(nn.Module):
         # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
         x = obs.contiguous(memory_format=torch.channels_last).float()
         first, *rest = self.network
-        # divides 255 out of the first convolution's weights instead of out of every pixel
+        # the same as obs / 255, but divides the few weights instead of every pixel
         x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
         for layer in rest:
             x = layer(x)
-        return self.actor(x), self.critic(x).squeeze(-1)
+        return self.actor(x).float(), self.critic(x).float().squeeze(-1)
 
 
-def sample_actions(logits, generator=None, rank=0, processes=1):
-    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
-
-    Each of several processes draws the noise of all games, and uses its own share of it.
-    """
-    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits - noise.log()).argmax(-1)
-
-
-def main(args):
-    args.env_id, rom = resolve_game(args.env_id)
-    args.teacher_path = find_input(args.teacher_path, Args.teacher_path, "ppo_high.pt", args)
-    args.buffer_path = args.buffer_path.format(**vars(args))
-    device, *_ = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
-    envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
-    teacher, agent = load_teacher(args.teacher_path, args.env_id, len(envs.action_meanings))
-    agent = agent.to(device, memory_format=torch.channels_last)
-    claim(args.buffer_path, args.overwrite)
-    writer = open_log(args)
-    print(f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}")
-    if not teacher["evaluation"] and args.eval_steps:
-        teacher["evaluation"] = evaluate(agent, rom, args, teacher, writer)
-
-    epsilon = args.epsilon if teacher["args"].get("loss") == "mse" else None
-    play_style = (args.seed, args.greedy, epsilon)
-    arrays = collect(agent, envs, args.num_samples, *play_style, device, writer)
-    samples = len(arrays["actions"])
-    if not samples:
-        sys.exit("stopped before anything was recorded")
-    meta = {
-        "env_id": args.env_id,
-        "action_meanings": envs.action_meanings,
-        "targets": "action_probs" if epsilon is None else "q_values",
-        "teacher": teacher,
-        "steps": samples,
-        "args": vars(args),
-    }
-    print(f"saving      {samples:,} samples, {arrays['frames'].nbytes / 1e6:,.0f} MB in memory")
-    with open(f"{args.buffer_path}.tmp", "wb") as file:
-        np.savez_compressed(file, **arrays, meta=np.array(json.dumps(meta)))
-    os.replace(f"{args.buffer_path}.tmp", args.buffer_path)
-    games = np.isfinite(arrays["episode_returns"]).sum()
-    print(f"wrote       {args.buffer_path}, {samples:,} samples, {games} whole games")
-    command = f"actor_distill.py --env-id {args.env_id} --buffer-path"
-    print(f"next        python {command} {args.buffer_path}")
 
 
 @torch.inference_mode()
 def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None):
-    """Let a policy play and record every step but the forced ones, each frame once.
+    """Let a policy play, and record each step's newest frame once. Ctrl-C ends it early.
 
-    Game slot e fills a contiguous stretch of the samples, in the order of play, so that compression
-    finds frames that look alike next to each other. Frame row 0 is blank, as before a game's start,
-    row i + 1 is the newest frame of sample i, and the last rows hold those of forced steps, which
-    later stacks show. Ctrl-C ends the recording early.
+    Each game slot plays equally many steps and fills one stretch of the rows, in the order of play,
+    so that compression finds frames that look alike next to each other. A step in which FIRE is
+    forced is no sample, but later stacks show its frame. A game's last screen is not recorded.
 
     Args:
         agent: maps observations uint8 [n, 4, 84, 84] to (logits or Q-values, values).
         envs: AtariEnvs of n games, in which a lost life ends nothing.
-        num_samples: N, steps to record over all slots; games under way are then cut off.
+        num_samples: steps to play over all slots, rounded down to a multiple of n; games under way
+            are then cut off.
         seed: of the games and the actions.
-        greedy: take the most probable action instead of sampling.
+        greedy: take the best action, instead of sampling or of `epsilon`.
         epsilon: None for a policy; otherwise the outputs are Q-values, which are recorded with
             their maximum as the value, and this is the chance of a random, not the best action.
         device: where the agent is.
         writer: SummaryWriter for the return of each game that ends, or None.
 
     Returns:
-        The buffer's arrays by name: frames uint8 [F, 84, 84], stack_index int32 [N, 4],
-        action_probs or q_values float32 [N, A], values float32 [N], actions uint8 [N], rewards
-        float32 [N], dones bool [N], env_index and episode_index int32 [N], and episode_returns
-        float32 [E], NaN for a game that was cut off. The reward and the end that a forced step
-        brings count for the step before it.
+        The buffer's arrays by name, of F steps and N samples: frames uint8 [1 + F, 84, 84], row 0
+        blank as before a game's start, stack_index int32 [N, 4], action_probs or q_values float32
+        [N, A], values float32 [N], actions uint8 [N], rewards float32 [N], dones bool [N],
+        env_index and episode_index int32 [N], and episode_returns float32 [E], NaN for a game that
+        was cut off. The reward and the end that a forced step brings count for the step before it.
     """
     generator = torch.Generator(device).manual_seed(seed)
     n, num_actions = envs.num_envs, len(envs.action_meanings)
-    quota = num_samples // n + (np.arange(n) < num_samples % n)
-    first, count = np.cumsum(quota) - quota, np.zeros(n, np.int64)
-    # there are no more forced steps than samples; memory that is not written to is not taken
-    frames, num_forced = np.empty((1 + 2 * num_samples, 84, 84), np.uint8), 0
-    frames[0] = 0
-    stack_index = np.zeros((num_samples, 4), np.int32)
-    targets = np.zeros((num_samples, num_actions), np.float32)
-    values, rewards = np.zeros((2, num_samples), np.float32)
-    actions, dones = np.zeros(num_samples, np.uint8), np.zeros(num_samples, bool)
-    stack, game_return = np.zeros((n, 4), np.int32), np.zeros(n)
+    steps = max(1, num_samples // n)
+    first = steps * np.arange(n)
+    frames = np.zeros((1 + n * steps, 84, 84), np.uint8)
+    stack_index = np.zeros((n * steps, 4), np.int32)
+    targets = np.zeros((n * steps, num_actions), np.float32)
+    values = np.zeros(n * steps, np.float32)
+    rewards = np.zeros(n * steps, np.float32)
+    actions = np.zeros(n * steps, np.uint8)
+    dones = np.zeros(n * steps, bool)
+    is_sample = np.zeros(n * steps, bool)
+    stack, game_return, played = np.zeros((n, 4), np.int32), np.zeros(n), 0
+    latest = first  # each slot's last sample
     obs, _ = envs.reset(seed=game_seeds(n, seed, 2))
-    bar = progress(desc="collect", total=num_samples, unit="step")
+    bar = progress(desc="collect", total=n * steps, unit="step")
     try:
-        while (playing := count < quota).any():
+        for step in range(steps):
             outputs, value = agent(torch.from_numpy(obs).to(device))
-            if epsilon is not None:
-                value, action = outputs.max(-1)
-                explores = torch.rand(n, generator=generator, device=device) < epsilon
-                random_action = torch.randint(num_actions, (n,), generator=generator, device=device)
-                action = torch.where(explores, random_action, action)
-            else:
+            if epsilon is None:
                 action = outputs.argmax(-1) if greedy else sample_actions(outputs, generator)
                 outputs = outputs.softmax(-1)
-            recorded, forced = playing & ~envs.forced, playing & envs.forced
-            newest = first + count + 1
-            newest[forced] = num_samples + num_forced + 1 + np.arange(forced.sum())
-            num_forced += forced.sum()
-            stack = np.column_stack((stack[:, 1:], newest))
-            frames[newest[playing]] = obs[playing, 3]
-            row = (first + count)[recorded]
-            stack_index[row] = stack[recorded]
-            targets[row] = outputs.cpu().numpy()[recorded]
-            values[row] = value.cpu().numpy()[recorded]
-            action = action.cpu().numpy()
-            actions[row] = action[recorded]
+            else:
+                value, action = outputs.max(-1)
+                chance = 0 if greedy else epsilon
+                explores = torch.rand(n, generator=generator, device=device) < chance
+                random_action = torch.randint(num_actions, (n,), generator=generator, device=device)
+                action = torch.where(explores, random_action, action)
+            action, row = action.cpu().numpy(), first + step
+            stack = np.column_stack((stack[:, 1:], 1 + row))
+            frames[1 + row] = obs[:, 3]
+            stack_index[row] = stack
+            targets[row] = outputs.cpu().numpy()
+            values[row] = value.cpu().numpy()
+            actions[row] = action
+            is_sample[row] = ~envs.forced
+            latest = np.where(envs.forced, latest, row)
 
             obs, reward, terminated, truncated, _ = envs.step(action)
-            count += recorded
-            latest = (first + count - 1)[playing]
-            rewards[latest] += reward[playing]
-            dones[latest] |= (terminated | truncated)[playing]
-            stack[envs.game_over] = 0
-            bar.update(int(recorded.sum()))
+            ended = terminated | truncated
+            rewards[latest] += reward
+            dones[latest] |= ended
+            stack[ended] = 0
+            played = step + 1
+            bar.update(n)
             game_return += reward
-            for e in np.flatnonzero(envs.game_over):
-                if playing[e] and writer:
-                    writer.add_scalar("charts/episodic_return", game_return[e], count.sum())
+            for e in np.flatnonzero(ended):
+                if writer:
+                    writer.add_scalar("charts/episodic_return", game_return[e], n * played)
                 game_return[e] = 0
     except KeyboardInterrupt:
         print("\nstopped     what is recorded becomes a shorter buffer", file=sys.stderr)
-    bar.close()
 
-    kept = np.concatenate([np.arange(a, a + m) for a, m in zip(first, count, strict=True)])
-    frames = frames[: 1 + num_samples + num_forced]
-    if len(kept) < num_samples:  # close the gaps in the slots' stretches
-        rows = np.concatenate(([0], kept + 1, np.arange(num_samples + 1, len(frames))))
-        position = np.zeros(len(frames), np.int32)
-        position[rows] = np.arange(len(rows))
-        frames, stack_index = frames[rows], position[stack_index]
-    env_index = np.repeat(np.arange(n, dtype=np.int32), count)
+    # close the gaps that Ctrl-C leaves between the slots, in place, as frames take much memory
+    rows = (first[:, None] + np.arange(played)).ravel()
+    position = np.zeros(1 + n * steps, np.int32)
+    position[1 + rows] = 1 + np.arange(len(rows))
+    for new, old in enumerate(rows, 1):
+        frames[new] = frames[1 + old]
+    kept = rows[is_sample[rows]]
+    env_index = (kept // steps).astype(np.int32)
     # a game begins with each slot's stretch, and after each game's end
     begins = np.diff(env_index, prepend=-1) > 0
     begins[1:] |= dones[kept][:-1]
@@ -336,8 +305,8 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
     episode_returns = np.bincount(episode_index, rewards[kept]).astype(np.float32)
     episode_returns[np.bincount(episode_index, dones[kept]) == 0] = np.nan
     return {
-        "frames": frames,
-        "stack_index": stack_index[kept],
+        "frames": frames[: 1 + len(rows)],
+        "stack_index": position[stack_index[kept]],
         "action_probs" if epsilon is None else "q_values": targets[kept],
         "values": values[kept],
         "actions": actions[kept],
@@ -347,6 +316,9 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
         "episode_index": episode_index,
         "episode_returns": episode_returns,
     }
+
+
+# Nothing below changes how it is recorded: evaluation, logging, files and main.
 
 
 def load_teacher(path, env_id, num_actions):
@@ -370,10 +342,9 @@ def load_teacher(path, env_id, num_actions):
     fix += "Kostrikov or Stable-Baselines3 (README: any teacher)"
     try:
         file = path
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
             archive = zipfile.ZipFile(path)
-            if archive.testzip():
-                raise ValueError("damaged: a checksum is wrong")
+            assert archive.testzip() is None, "damaged: a checksum is wrong"
             if "policy.pth" in archive.namelist():
                 file = io.BytesIO(archive.read("policy.pth"))
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -415,12 +386,12 @@ def load_teacher(path, env_id, num_actions):
 
 def find_input(path, default, shipped, args):
     """`path` with its flags filled in, or if that is the default and missing, the shipped file."""
-    path, pretrained = path.format(**vars(args)), Path(__file__).with_name("pretrained")
-    shipped = pretrained / args.env_id / shipped
-    if path == default.format(**vars(args)) and not os.path.exists(path) and shipped.exists():
-        print(f"pretrained  {shipped} serves as {path}")
+    shipped = Path(__file__).with_name("pretrained") / args.env_id / shipped
+    filled = fill_in(path, args)
+    if path == default and not os.path.exists(filled) and shipped.exists():
+        print(f"pretrained  {shipped} serves as {filled}")
         return str(shipped)
-    return path
+    return filled
 
 
 @torch.inference_mode()
@@ -455,7 +426,6 @@ def play(agent, envs, eval_steps, seed, greedy, device):
         game_return[ended] = game_length[ended] = 0
         if slot_step * envs.num_envs >= eval_steps:
             playing &= ~ended
-    bar.close()
     return returns, lengths
 
 
@@ -465,52 +435,44 @@ def summarize(returns):
     `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
     None for a single game.
     """
-    scores = np.array(returns, np.float64)
-    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
+    means = np.random.default_rng(0).choice(returns, (2000, len(returns))).mean(1)
     return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std()),
-        "max": float(scores.max()),
-        "episodes": len(scores),
-        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        "max": float(max(returns)),
+        "episodes": len(returns),
+        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(returns) > 1 else None,
     }
 
 
-def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
+def evaluate(agent, rom, args, checkpoint, writer, device, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
-    global_step and teacher are read. Returns what is written, without the lists of all games.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args and
+    global_step are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
-    envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
-    device = next(agent.parameters()).device
+    envs = AtariEnvs(rom, args.num_envs, args.repeat_action_probability, life_loss=False)
+    agent = agent.to(device, memory_format=torch.channels_last)
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
-    flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
-    result = {
-        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
-        **{key: getattr(args, key) for key in flags},
-        "greedy": greedy,
-        "steps": sum(lengths),
-        **summarize(returns),
-    }
+    result = {key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")}
+    for key in ("seed", "num_envs", "repeat_action_probability", "eval_steps"):
+        result[key] = getattr(args, key)
+    result |= {"greedy": greedy, "steps": sum(lengths), **summarize(returns)}
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std"):
-        writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
+    writer.add_scalar("eval/mean", result["mean"], checkpoint["global_step"])
+    writer.add_scalar("eval/std", result["std"], checkpoint["global_step"])
     writer.flush()
     if args.track:
         import wandb
 
-        about = {**vars(args), "teacher": checkpoint.get("teacher")}
-        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=about)
-        for file in (checkpoint["checkpoint"], path):
-            artifact.add_file(file)
+        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=vars(args))
+        artifact.add_file(checkpoint["checkpoint"])
+        artifact.add_file(path)
         wandb.log_artifact(artifact)
-    print(
-        f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
-    )
+    score = f"mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval {result['ci95']}"
+    print(f"evaluation  {score}, {len(returns)} games, {result['steps']:,} steps: {path}")
     return result
 
 
@@ -526,22 +488,18 @@ def resolve_game(env_id):
     return canonical, games[canonical]
 
 
-def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
+def set_up_torch(seed, cuda):
+    """Seed torch and tune its memory; returns the device, a GPU for each of torchrun's processes."""
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = torch_deterministic
+    torch.backends.cudnn.deterministic = True
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank = int(os.environ.get("RANK", "0"))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
-    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu")
 
 
 def progress(**options):
@@ -565,7 +523,15 @@ def open_log(args, run_name=None, global_step=0):
     return writer
 
 
-def claim(path, replace):
+def fill_in(path, args):
+    """`path` with flags in braces filled in."""
+    try:
+        return path.format(**vars(args))
+    except Exception as error:  # noqa: BLE001, as `{a.b[c]}` can raise anything
+        sys.exit(f"{path}: no flag fits its braces ({error}); name flags as in {{env_id}}")
+
+
+def lock_output(path, replace):
     """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -576,8 +542,43 @@ def claim(path, replace):
         sys.exit(f"{path}: exists already; pass --overwrite, or another path")
 
 
+def main(args):
+    args.env_id, rom = resolve_game(args.env_id)
+    args.teacher_path = find_input(args.teacher_path, Args.teacher_path, "ppo_high.pt", args)
+    args.buffer_path = fill_in(args.buffer_path, args)
+    device = set_up_torch(args.seed, args.cuda)
+    envs = AtariEnvs(rom, args.num_envs, args.repeat_action_probability, life_loss=False)
+    teacher, agent = load_teacher(args.teacher_path, args.env_id, len(envs.action_meanings))
+    agent = agent.to(device, memory_format=torch.channels_last)
+    lock_output(args.buffer_path, args.overwrite)
+    writer = open_log(args)
+    print(f"run         {writer.log_dir} on {device}, {teacher['phase']} of {args.teacher_path}")
+    if not teacher["evaluation"] and args.eval_steps:
+        teacher["evaluation"] = evaluate(agent, rom, args, teacher, writer, device)
+
+    epsilon = args.epsilon if teacher["args"].get("loss") == "mse" else None
+    arrays = collect(agent, envs, args.num_samples, args.seed, args.greedy, epsilon, device, writer)
+    samples = len(arrays["actions"])
+    if not samples:
+        sys.exit("stopped before anything was recorded")
+    meta = {
+        "env_id": args.env_id,
+        "action_meanings": envs.action_meanings,
+        "targets": "action_probs" if epsilon is None else "q_values",
+        "teacher": teacher,
+        "steps": samples,
+        "args": vars(args),
+    }
+    print(f"saving      {samples:,} samples, {arrays['frames'].nbytes / 1e6:,.0f} MB in memory")
+    with open(f"{args.buffer_path}.tmp", "wb") as file:
+        np.savez_compressed(file, **arrays, meta=np.array(json.dumps(meta)))
+    os.replace(f"{args.buffer_path}.tmp", args.buffer_path)
+    games = np.isfinite(arrays["episode_returns"]).sum()
+    print(f"wrote       {args.buffer_path}, {samples:,} samples, {games} whole games")
+    command = f"actor_distill.py --env-id {args.env_id} --buffer-path"
+    print(f"next        python {command} {args.buffer_path}")
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(tyro.cli(Args))

@@ -18,7 +18,6 @@ import copy
 import ctypes
 import fcntl
 import json
-import math
 import os
 import re
 import signal
@@ -61,8 +60,9 @@ class Args:
     """use a GPU where there is one"""
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic kernels only"""
+    bf16: bool = False
+    """let the network in training compute in bfloat16, with float32 weights and losses; faster on
+    a GPU and on CPUs with AVX-512-BF16 or AMX, slower on others"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -74,7 +74,7 @@ class Args:
     checkpoint_interval: PositiveInt = 1_000_000
     """save so often that no more steps than this are lost, but at most after each iteration"""
     resume: bool = False
-    """go on from `save_path`: same weights, optimiser, random state and step, new games; start
+    """go on from `save_path`: same weights, optimiser and step, new games and random numbers; start
     anew where nothing is saved yet"""
     overwrite: bool = False
     """replace `save_path` if it exists"""
@@ -91,13 +91,13 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"
     """gymnasium id of the game; `ALE/Pong-v5` and `Pong-v5` name the same game"""
     num_envs: PositiveInt = 16
-    """games played at once, in training and in evaluation"""
+    """games played at once, in training and in evaluation; in training all processes share them"""
     repeat_action_probability: Fraction = 0.0
     """sticky actions: chance that the emulator repeats the last action in a frame"""
 
     # Algorithm
     total_timesteps: PositiveInt = 75_000_000
-    """steps of training; rounded down to whole iterations of num_envs * num_steps"""
+    """steps of training; rounded down to whole iterations of num_envs * num_steps, one at least"""
     learning_rate: PositiveFloat = 3e-4
     """Adam's learning rate at the start"""
     anneal_lr: bool = True
@@ -129,25 +129,36 @@ class Args:
 
 
 class AtariEnvs(AtariVectorEnv):
-    """Games on ale-py's C++ threads; in those that have FIRE, it is pressed after each lost life.
+    """Atari games side by side, on ale-py's C++ threads, with the game's minimal set of actions.
 
-    So do the wrappers of the paper's reference code; ale-py's defaults are the rest of that
-    protocol. The stack of frames runs on over a lost life, which with `life_loss` is reported as
-    `terminated`. A game that ends begins anew within the same step. Rewards are raw. Observations
-    are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's start.
+    After a lost life FIRE replaces the next action, in games that have FIRE, as in the paper's
+    reference code. The stack of frames runs on over a lost life, which with `life_loss` is reported
+    as `terminated`; the game goes on. A game that ends begins anew within the same step. Rewards
+    are raw. Observations are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's
+    start.
 
     `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
     `game_over`, bool [N]: those that ended with the last step.
     """
 
-    def __init__(self, rom, num_envs, life_loss, repeat_action_probability):
+    def __init__(self, rom, num_envs, repeat_action_probability, life_loss):
         super().__init__(
             rom,
             num_envs,
-            autoreset_mode="SameStep",
-            reward_clipping=False,
+            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            use_fire_reset=True,
+            frameskip=4,
+            maxpool=True,  # each pixel's maximum over the last two of the four frames
+            img_height=84,
+            img_width=84,
+            grayscale=True,
+            stack_num=4,
+            max_num_frames_per_episode=108_000,
+            episodic_life=False,
             life_loss_info=life_loss,
+            reward_clipping=False,
             repeat_action_probability=repeat_action_probability,
+            autoreset_mode="SameStep",
         )
         self.action_meanings = [action.name for action in self.ale.get_action_set()]
         self.fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
@@ -162,6 +173,7 @@ class AtariEnvs(AtariVectorEnv):
         if self.forced.any():
             actions = np.where(self.forced, self.fire, actions)
         obs, reward, terminated, truncated, info = super().step(actions)
+        # neither a lost life nor `terminated` tells: only a new game sets this counter back
         self.game_over = info["episode_frame_number"] < self.frame_number
         lost_life = (0 < info["lives"]) & (info["lives"] < self.lives) & ~self.game_over
         self.forced = lost_life & (self.fire is not None)
@@ -170,7 +182,8 @@ class AtariEnvs(AtariVectorEnv):
 
 
 def game_seeds(num_envs, *entropy):
-    """One emulator seed a game, int64 [num_envs], independent for different `entropy` (integers).
+    """An emulator seed per game, int64 [num_envs], independent for different `entropy`, integers:
+    the run's seed, then 1 for training, 2 for collection or 3 for evaluation.
 
     ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
     """
@@ -214,180 +227,22 @@ class Agent(nn.Module):
         # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
         x = obs.contiguous(memory_format=torch.channels_last).float()
         first, *rest = self.network
-        # divides 255 out of the first convolution's weights instead of out of every pixel
+        # the same as obs / 255, but divides the few weights instead of every pixel
         x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
         for layer in rest:
             x = layer(x)
-        return self.actor(x), self.critic(x).squeeze(-1)
+        return self.actor(x).float(), self.critic(x).float().squeeze(-1)
 
 
-def sample_actions(logits, generator=None, rank=0, processes=1):
-    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick.
-
-    Each of several processes draws the noise of all games, and uses its own share of it.
-    """
-    noise = logits.new_empty((processes, *logits.shape)).exponential_(generator=generator)[rank]
+def sample_actions(logits, generator=None):
+    """Draw actions int64 [B] from softmax(logits), float [B, A], by the Gumbel-max trick."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits - noise.log()).argmax(-1)
 
 
-def main(args):
-    args.env_id, rom = resolve_game(args.env_id)
-    args.save_path = args.save_path.format(**vars(args))
-    device, rank, processes = set_up_torch(args.seed, args.cuda, args.torch_deterministic)
-    if args.eval_only:
-        checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        agent = agent.to(device, memory_format=torch.channels_last)
-        return evaluate(agent, rom, args, checkpoint, open_log(args))
-
-    batch_size = args.num_envs * args.num_steps
-    if args.num_envs % processes or args.total_timesteps < batch_size:
-        sys.exit(f"--num-envs must be a multiple of {processes}, --total-timesteps {batch_size:,}+")
-    if batch_size // processes % args.num_minibatches:
-        sys.exit(f"--num-minibatches must divide {batch_size // processes}, a process's steps")
-    if rank == 0:
-        claim(args.save_path, args.overwrite or args.resume)
-    envs = AtariEnvs(rom, args.num_envs // processes, True, args.repeat_action_probability)
-    agent, checkpoint = Agent(args.capacity, len(envs.action_meanings)), {"global_step": 0}
-    if args.resume and os.path.exists(args.save_path):
-        checkpoint, agent = load_checkpoint(args.save_path, args.env_id, "pass --overwrite")
-    agent = agent.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    last_saved = checkpoint["global_step"]
-    if last_saved:
-        restore(checkpoint, "ppo", args, agent, optimizer)
-    total = args.total_timesteps // batch_size * batch_size
-    bar = progress(initial=last_saved, total=total, unit="step", disable=rank > 0)
-    iterations = train(args, agent, optimizer, envs, bar, device, rank, processes)
-    if rank:  # process 0 alone logs, saves and evaluates
-        return list(iterations)
-
-    writer = open_log(args, checkpoint.get("run_name"), last_saved)
-    about = {"phase": "ppo", "env_id": args.env_id, "capacity": args.capacity, "args": vars(args)}
-    about |= {"checkpoint": args.save_path, "run_name": os.path.basename(writer.log_dir)}
-    lr = args.learning_rate * (1 - args.anneal_lr * last_saved / total)
-    print(f"run         {writer.log_dir} on {device}, step {last_saved:,}, learning rate {lr:.3g}")
-
-    try:
-        for step, scalars in iterations:
-            for scalar in scalars:
-                writer.add_scalar(*scalar)
-            writer.flush()
-            checkpoint = {**about, **training_state(agent, optimizer), "global_step": step}
-            if step + batch_size > last_saved + args.checkpoint_interval:
-                save_checkpoint(args.save_path, checkpoint)
-                last_saved = step
-        bar.close()
-        save_checkpoint(args.save_path, checkpoint)
-        if args.eval_steps:
-            checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer)
-            save_checkpoint(args.save_path, checkpoint)
-    except KeyboardInterrupt:
-        bar.close()
-        if checkpoint["global_step"] > last_saved:
-            save_checkpoint(args.save_path, checkpoint)
-        sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; pass --resume to go on")
-    print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
-    command = "collect_buffer.py --teacher-path"
-    print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
-
-
-def train(args, agent, optimizer, envs, bar, device, rank=0, processes=1):
-    """PPO: play, estimate advantages, update, over and over.
-
-    Yields after each iteration the step and what there is to log, a list of (name, value, step).
-    Counts on from the step at which the progress `bar` stands. Of torchrun's processes this one
-    plays share `rank` of the games, in `envs`, and learns from them.
-    """
-    batch_size = envs.num_envs * args.num_steps
-    learner = agent
-    if processes > 1:  # averages the gradients
-        learner = nn.parallel.DistributedDataParallel(agent)
-    global_step = start_step = bar.n
-    coefficients = (args.clip_coef, args.clip_vloss, args.ent_coef, args.vf_coef)
-    loss_function = minibatch_loss
-    if args.compile:
-        loss_function = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=False)
-    rollout_shape = (args.num_steps, envs.num_envs)
-    # with the channels last, as the network wants them: rearranged once, not in every pass
-    obs = torch.empty((*rollout_shape, 84, 84, 4), dtype=torch.uint8, device=device)
-    actions = torch.empty(rollout_shape, dtype=torch.int64, device=device)
-    logprobs, values, forced = torch.empty((3, *rollout_shape), device=device)
-    rewards, dones = torch.empty((2, *rollout_shape))
-    game_return, game_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
-    seeds = game_seeds(args.num_envs, args.seed, 1, global_step)
-    next_obs, _ = envs.reset(seed=np.split(seeds, processes)[rank])
-    start_time = time.time()
-    while global_step < bar.total:
-        fraction = global_step / bar.total
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
-        scalars = []
-
-        for step in range(args.num_steps):
-            obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
-            forced[step] = torch.from_numpy(envs.forced)
-            decision = act(agent, obs[step].permute(0, 3, 1, 2), rank, processes)
-            actions[step], logprobs[step], values[step] = decision
-            next_obs, reward, terminated, truncated, info = envs.step(decision[0].cpu().numpy())
-            rewards[step] = torch.from_numpy(np.sign(reward))
-            dones[step] = torch.from_numpy(terminated | truncated)
-            if truncated.any():  # the game would have gone on: its value stands for the rest
-                final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
-                rewards[step][truncated] += args.gamma * agent(final_obs)[1].detach().cpu()
-
-            global_step += args.num_envs
-            bar.update(args.num_envs)
-            game_return += reward
-            game_length += 1
-            for e in np.flatnonzero(envs.game_over):
-                scalars.append(("charts/episodic_return", game_return[e], global_step))
-                scalars.append(("charts/episodic_length", game_length[e], global_step))
-                bar.set_postfix_str(f"return {game_return[e]:g}", refresh=False)
-                game_return[e] = game_length[e] = 0
-
-        last_values = act(agent, torch.from_numpy(next_obs).to(device), rank, processes)[2].cpu()
-        advantages = gae(rewards, values.cpu(), dones, last_values, args.gamma, args.gae_lambda)
-        advantages = advantages.to(device)
-        returns = advantages + values
-        if args.norm_adv:
-            all_advantages = gathered(advantages)
-            advantages = (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-5)
-        advantages *= 1 - forced  # FIRE was not the policy's choice
-
-        b_obs = obs.flatten(0, 1)
-        b_rest = [x.flatten() for x in (actions, logprobs, advantages, returns, values)]
-        statistics = []
-        for _ in range(args.update_epochs):
-            order = torch.randperm(processes * batch_size, device=device)
-            for mb in (order[order // batch_size == rank] % batch_size).chunk(args.num_minibatches):
-                mb_obs = b_obs.index_select(0, mb).permute(0, 3, 1, 2)
-                minibatch = (mb_obs, [x[mb] for x in b_rest], coefficients, args.max_grad_norm)
-                statistics.append(ppo_update(learner, optimizer, loss_function, *minibatch))
-            last = torch.stack(statistics[-args.num_minibatches :]).mean(0)
-            if args.target_kl and gathered(last).mean(0)[4] > args.target_kl:  # approx_kl
-                break
-
-        losses = gathered(torch.stack(statistics).mean(0)).mean(0).tolist()
-        if not math.isfinite(sum(losses)):
-            sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
-        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-        metrics = {f"losses/{name}": x for name, x in zip(names, losses, strict=True)}
-        all_returns = gathered(returns)
-        if all_returns.var() > 1e-8:
-            unexplained = gathered(returns - values).var() / all_returns.var()
-            metrics["losses/explained_variance"] = 1 - unexplained.item()
-        metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars += [(name, value, global_step) for name, value in metrics.items()]
-        yield global_step, scalars
-
-
-@torch.no_grad()
-def act(agent, obs, rank=0, processes=1):
-    """Sampled actions int64 [B], their log-probabilities and the values, float32 [B]."""
-    logits, values = agent(obs)
-    actions = sample_actions(logits, None, rank, processes)
-    logprobs = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    return actions, logprobs, values
+def log_prob(logits, actions):
+    """Log-probabilities float32 [B] of actions int64 [B] under softmax(logits), [B, A]."""
+    return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def gae(rewards, values, dones, last_values, gamma, gae_lambda):
@@ -412,23 +267,24 @@ def gae(rewards, values, dones, last_values, gamma, gae_lambda):
     return advantages
 
 
-def ppo_loss(logits, values, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
-    """The clipped objective of PPO, Schulman et al. 2017 (arXiv:1707.06347), Eq. 7 and 9, negated.
+def ppo_loss(
+    logits, values, actions, old_logprobs, advantages, returns, old_values, clip_coef, clip_vloss
+):
+    """The parts of PPO's objective, Schulman et al. 2017 (arXiv:1707.06347), Eq. 7 and 9.
 
     Args:
         logits, values: float32 [B, A] and [B], of the network in training.
-        batch: of the rollout, actions int64 [B] and their log-probabilities, advantages, returns
-            and values, float32 [B].
+        actions, old_logprobs, advantages, returns, old_values: int64 [B] and float32 [B], of the
+            rollout; the old ones by the network that played.
+        clip_coef, clip_vloss: as the flags of these names.
 
     Returns:
-        The loss, a scalar to minimise, and float32 [6], detached: policy_loss, value_loss, entropy,
+        Scalars: policy_loss and value_loss, to minimise, entropy, to maximise, and of the ratio r
         old_approx_kl = E[-log r], approx_kl = E[r - 1 - log r], the low-variance estimate of
         http://joschu.net/blog/kl-approx.html, and clipfrac.
     """
-    actions, old_logprobs, advantages, returns, old_values = batch
     assert values.shape == returns.shape, "values of shape [B, 1] would broadcast"
-    all_logprobs = logits.log_softmax(-1)
-    logratio = all_logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_logprobs
+    logratio = log_prob(logits, actions) - old_logprobs
     ratio = logratio.exp()
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
@@ -437,31 +293,159 @@ def ppo_loss(logits, values, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
         value_error = torch.max(value_error, (clipped_values - returns).square())
     value_loss = 0.5 * value_error.mean()
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
-    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    old_approx_kl = -logratio.mean()
     approx_kl = (ratio - 1 - logratio).mean()
     clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
-    statistics = (policy_loss, value_loss, entropy, -logratio.mean(), approx_kl, clipfrac)
-    return loss, torch.stack(statistics).detach()
+    return policy_loss, value_loss, entropy, old_approx_kl, approx_kl, clipfrac
 
 
-def minibatch_loss(agent, obs, batch, coefficients):
-    """`ppo_loss` of the network's outputs on observations uint8 [B, 4, 84, 84]."""
-    return ppo_loss(*agent(obs), batch, *coefficients)
+def sum_over_processes(x):
+    """A tensor summed in place over torchrun's processes, if there are several; returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
 
 
-def ppo_update(agent, optimizer, loss_function, obs, batch, coefficients, max_grad_norm):
-    """One optimiser step on a minibatch: observations uint8 [B, 4, 84, 84], `ppo_loss`'s batch.
+def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
+    """PPO: play, estimate advantages, update, over and over. Returns the trained agent.
 
-    `loss_function` is `minibatch_loss`, compiled or not. Returns the statistics of `ppo_loss`; no
-    value leaves the device.
+    Goes on from `checkpoint`, and keeps in it what the last whole iteration has led to. Of
+    torchrun's processes each plays its own games and learns from them, with averaged gradients;
+    process 0 alone logs, to `writer`, and saves.
     """
-    optimizer.zero_grad()
-    loss, statistics = loss_function(agent, obs, batch, coefficients)
-    loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
-    optimizer.step()
-    return statistics.clone()  # CUDA graphs write the next ones to the same place
+    num_envs = args.num_envs // world_size
+    envs = AtariEnvs(rom, num_envs, args.repeat_action_probability, life_loss=True)
+    agent = Agent(args.capacity, len(envs.action_meanings))
+    agent = agent.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    restore(checkpoint, agent, optimizer)
+    learner, loss_function = agent, ppo_loss
+    if world_size > 1:  # starts from the weights of process 0, and averages the gradients
+        learner = nn.parallel.DistributedDataParallel(agent)
+    if args.compile:
+        learner = torch.compile(learner, mode="reduce-overhead", dynamic=False)
+        loss_function = torch.compile(ppo_loss, dynamic=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+    shape = (args.num_steps, num_envs)
+    # stored as [T, N, 84, 84, 4]: permute(0, 3, 1, 2) then is a view with the channels last, which
+    # the network wants; so they are rearranged once, not in every pass
+    obs = torch.empty((*shape, 84, 84, 4), dtype=torch.uint8, device=device)
+    actions = torch.empty(shape, dtype=torch.int64, device=device)
+    logprobs = torch.empty(shape, device=device)
+    values = torch.empty(shape, device=device)
+    forced = torch.empty(shape, dtype=torch.bool, device=device)
+    rewards = torch.empty(shape)
+    dones = torch.empty(shape)
+
+    batch_size = args.num_steps * num_envs * world_size
+    total_steps = max(1, args.total_timesteps // batch_size) * batch_size
+    global_step = start_step = last_saved = checkpoint["global_step"]
+    # each process has its own games and random numbers, and new ones after a resume
+    seeds = game_seeds(num_envs, args.seed, 1, rank, global_step)
+    torch.manual_seed(int(seeds[0]))
+    next_obs, _ = envs.reset(seed=seeds)
+    game_return, game_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    bar = progress(initial=global_step, total=total_steps, unit="step", disable=rank > 0)
+    start_time = time.time()
+    while global_step < total_steps:
+        remaining = 1 - global_step / total_steps if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+
+        # play
+        with torch.no_grad(), autocast:
+            for step in range(args.num_steps):
+                obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
+                forced[step] = torch.from_numpy(envs.forced)
+                logits, values[step] = agent(obs[step].permute(0, 3, 1, 2))
+                actions[step] = action = sample_actions(logits)
+                logprobs[step] = log_prob(logits, action)
+                next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+                rewards[step] = torch.from_numpy(np.sign(reward))
+                dones[step] = torch.from_numpy(terminated | truncated)  # ended by this step
+                if truncated.any():  # the game would have gone on: its value stands for the rest
+                    final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
+                    rewards[step][truncated] += args.gamma * agent(final_obs)[1].cpu()
+
+                global_step += num_envs * world_size
+                bar.update(num_envs * world_size)
+                game_return += reward
+                game_length += 1
+                for e in np.flatnonzero(envs.game_over):
+                    if rank == 0:
+                        writer.add_scalar("charts/episodic_return", game_return[e], global_step)
+                        writer.add_scalar("charts/episodic_length", game_length[e], global_step)
+                    bar.set_postfix_str(f"return {game_return[e]:g}", refresh=False)
+                    game_return[e] = game_length[e] = 0
+            last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
+
+        # estimate advantages
+        advantages = gae(rewards, values.cpu(), dones, last_values, args.gamma, args.gae_lambda)
+        advantages = advantages.to(device)
+        returns = advantages + values
+        if args.norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
+        advantages[forced] = 0  # FIRE was not the policy's choice
+
+        # update
+        b_obs = obs.flatten(0, 1)
+        b_actions = actions.flatten()
+        b_logprobs = logprobs.flatten()
+        b_advantages = advantages.flatten()
+        b_returns = returns.flatten()
+        b_values = values.flatten()
+        statistics = []
+        for _ in range(args.update_epochs):
+            minibatches = torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches)
+            for mb in minibatches:
+                with autocast:
+                    logits, new_values = learner(b_obs.index_select(0, mb).permute(0, 3, 1, 2))
+                losses = loss_function(
+                    logits,
+                    new_values,
+                    b_actions[mb],
+                    b_logprobs[mb],
+                    b_advantages[mb],
+                    b_returns[mb],
+                    b_values[mb],
+                    args.clip_coef,
+                    args.clip_vloss,
+                )
+                policy_loss, value_loss, entropy, *_ = losses
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                statistics.append(torch.stack(losses).detach())
+            if args.target_kl:
+                approx_kl = torch.stack(statistics[-len(minibatches) :])[:, 4].mean()
+                if sum_over_processes(approx_kl) / world_size > args.target_kl:
+                    break
+
+        # log and save
+        if not agent(torch.from_numpy(next_obs).to(device))[0].isfinite().all():
+            sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
+        losses = sum_over_processes(torch.stack(statistics).mean(0)) / world_size
+        checkpoint.update(training_state(agent, optimizer), global_step=global_step)
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+        if rank == 0:
+            for name, value in zip(names, losses.tolist(), strict=True):
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            explained_variance = 1 - (returns - values).var() / returns.var()
+            writer.add_scalar("losses/explained_variance", explained_variance, global_step)
+            sps = (global_step - start_step) / (time.time() - start_time)
+            writer.add_scalar("charts/SPS", sps, global_step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.flush()
+            if global_step + batch_size > min(last_saved + args.checkpoint_interval, total_steps):
+                save_checkpoint(args.save_path, checkpoint)
+                last_saved = global_step
+    return agent
+
+
+# Nothing below changes how the network learns: evaluation, logging, files and main.
 
 
 @torch.inference_mode()
@@ -496,7 +480,6 @@ def play(agent, envs, eval_steps, seed, greedy, device):
         game_return[ended] = game_length[ended] = 0
         if slot_step * envs.num_envs >= eval_steps:
             playing &= ~ended
-    bar.close()
     return returns, lengths
 
 
@@ -506,52 +489,44 @@ def summarize(returns):
     `ci95` is the 95% percentile bootstrap interval of the mean, from 2,000 resamples of the games;
     None for a single game.
     """
-    scores = np.array(returns, np.float64)
-    means = np.random.default_rng(0).choice(scores, (2000, len(scores))).mean(1)
+    means = np.random.default_rng(0).choice(returns, (2000, len(returns))).mean(1)
     return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std()),
-        "max": float(scores.max()),
-        "episodes": len(scores),
-        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(scores) > 1 else None,
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        "max": float(max(returns)),
+        "episodes": len(returns),
+        "ci95": np.percentile(means, (2.5, 97.5)).round(3).tolist() if len(returns) > 1 else None,
     }
 
 
-def evaluate(agent, rom, args, checkpoint, writer, name="eval"):
+def evaluate(agent, rom, args, checkpoint, writer, device, name="eval"):
     """Evaluate a policy by the rule of `play`; log it, write `{name}.json` and print a line.
 
-    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args,
-    global_step and teacher are read. Returns what is written, without the lists of all games.
+    Q-values play their best action. Of `checkpoint`, env_id, phase, capacity, checkpoint, args and
+    global_step are read. Returns what is written, without the lists of all games.
     """
     greedy = args.eval_greedy or checkpoint["args"].get("loss") == "mse"
-    envs = AtariEnvs(rom, args.num_envs, False, args.repeat_action_probability)
-    device = next(agent.parameters()).device
+    envs = AtariEnvs(rom, args.num_envs, args.repeat_action_probability, life_loss=False)
+    agent = agent.to(device, memory_format=torch.channels_last)
     returns, lengths = play(agent, envs, args.eval_steps, args.seed, greedy, device)
-    flags = ("seed", "num_envs", "repeat_action_probability", "eval_steps")
-    result = {
-        **{key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")},
-        **{key: getattr(args, key) for key in flags},
-        "greedy": greedy,
-        "steps": sum(lengths),
-        **summarize(returns),
-    }
+    result = {key: checkpoint[key] for key in ("env_id", "phase", "capacity", "checkpoint")}
+    for key in ("seed", "num_envs", "repeat_action_probability", "eval_steps"):
+        result[key] = getattr(args, key)
+    result |= {"greedy": greedy, "steps": sum(lengths), **summarize(returns)}
     path = Path(writer.log_dir, f"{name}.json")
     path.write_text(json.dumps({**result, "returns": returns, "lengths": lengths}))
-    for key in ("mean", "std"):
-        writer.add_scalar(f"eval/{key}", result[key], checkpoint["global_step"])
+    writer.add_scalar("eval/mean", result["mean"], checkpoint["global_step"])
+    writer.add_scalar("eval/std", result["std"], checkpoint["global_step"])
     writer.flush()
     if args.track:
         import wandb
 
-        about = {**vars(args), "teacher": checkpoint.get("teacher")}
-        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=about)
-        for file in (checkpoint["checkpoint"], path):
-            artifact.add_file(file)
+        artifact = wandb.Artifact(f"{wandb.run.id}-{name}", "model", metadata=vars(args))
+        artifact.add_file(checkpoint["checkpoint"])
+        artifact.add_file(path)
         wandb.log_artifact(artifact)
-    print(
-        f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
-        f"{result['ci95'] or 'unknown'}, {len(returns)} games, {result['steps']:,} steps: {path}"
-    )
+    score = f"mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval {result['ci95']}"
+    print(f"evaluation  {score}, {len(returns)} games, {result['steps']:,} steps: {path}")
     return result
 
 
@@ -567,31 +542,18 @@ def resolve_game(env_id):
     return canonical, games[canonical]
 
 
-def set_up_torch(seed, cuda, torch_deterministic):
-    """Seed torch, join torchrun's processes if any: device, this one's rank, how many they are."""
+def set_up_torch(seed, cuda):
+    """Seed torch and tune its memory; returns the device, a GPU for each of torchrun's processes."""
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = torch_deterministic
+    torch.backends.cudnn.deterministic = True
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    rank = int(os.environ.get("RANK", "0"))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
-    gpu = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu"), rank, processes
-
-
-def gathered(x):
-    """The tensors `x` of all of torchrun's processes, [P, ...]; each process gets them all."""
-    if not torch.distributed.is_initialized():
-        return x.unsqueeze(0)
-    every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, x)
-    return torch.stack(every)
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu")
 
 
 def progress(**options):
@@ -615,7 +577,15 @@ def open_log(args, run_name=None, global_step=0):
     return writer
 
 
-def claim(path, replace):
+def fill_in(path, args):
+    """`path` with flags in braces filled in."""
+    try:
+        return path.format(**vars(args))
+    except Exception as error:  # noqa: BLE001, as `{a.b[c]}` can raise anything
+        sys.exit(f"{path}: no flag fits its braces ({error}); name flags as in {{env_id}}")
+
+
+def lock_output(path, replace):
     """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -638,8 +608,7 @@ def load_checkpoint(path, env_id, fix):
     Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
     """
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("damaged: a checksum is wrong")
+        assert zipfile.ZipFile(path).testzip() is None, "damaged: a checksum is wrong"
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["env_id"] != env_id:
             sys.exit(f"{path}: plays {saved['env_id']}; pass that --env-id")
@@ -651,35 +620,74 @@ def load_checkpoint(path, env_id, fix):
 
 
 def training_state(agent, optimizer):
-    """A copy of weights, optimiser and random states: all that later updates depend on."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = {"torch": torch.get_rng_state(), "cuda": cuda}
-    state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}
-    return copy.deepcopy(state)
+    """A copy of the weights and the optimiser's state."""
+    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-def restore(saved, phase, args, agent, optimizer):
-    """Put back what `training_state` copied, and print which flags are not those of before."""
-    kind = (phase, args.capacity)
-    if kind != (saved["phase"], saved["capacity"]) or "optimizer" not in saved:
-        sys.exit(f"{args.save_path}: holds no training of kind {kind}; pass another path")
-    optimizer.load_state_dict(saved["optimizer"])
+def load_training(path, phase, args):
+    """The checkpoint of a training to go on with; exits if these flags would make it another."""
+    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite")
+    if saved["phase"] != phase or "optimizer" not in saved:
+        sys.exit(f"{path}: holds no training of phase {phase}; pass another path")
+    for name in ("capacity", "seed", "optimizer", "validation_fraction"):
+        if (before := saved["args"].get(name)) != vars(args).get(name):
+            sys.exit(f"{path}: was begun with {name} {before}; pass the same, or another path")
+    saved.pop("evaluation", None)
+    return saved
+
+
+def restore(checkpoint, agent, optimizer):
+    """Put back what `training_state` copied, or as much of it as `checkpoint` holds."""
+    if "model" in checkpoint:
+        agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
     for parameter, moments in optimizer.state.items():
         # fused optimisers pair weights and moments by their place in memory: in another layout
         # than its channels_last weight a moment would move the wrong weights, without an error
         for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    torch.set_rng_state(saved["rng"]["torch"])
-    if agent.actor.weight.is_cuda and saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"], agent.actor.weight.device)
-    for name, before in saved["args"].items():
-        now = vars(args).get(name, before)
-        if now != before and name not in ("resume", "overwrite"):
-            print(f"resumed     with --{name.replace('_', '-')} {now}; it was {before}")
+
+
+def main(args):
+    args.env_id, rom = resolve_game(args.env_id)
+    device = set_up_torch(args.seed, args.cuda)
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
+    if args.eval_only:
+        checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
+        if rank == 0:
+            evaluate(agent, rom, args, checkpoint, open_log(args), device)
+        return
+
+    args.save_path = fill_in(args.save_path, args)
+    checkpoint, writer = {"global_step": 0}, None
+    if args.resume and os.path.exists(args.save_path):
+        checkpoint = load_training(args.save_path, "ppo", args)
+    if rank == 0:
+        lock_output(args.save_path, args.overwrite or args.resume)
+        writer = open_log(args, checkpoint.get("run_name"), checkpoint["global_step"])
+        checkpoint.update(phase="ppo", env_id=args.env_id, capacity=args.capacity, args=vars(args))
+        checkpoint.update(checkpoint=args.save_path, run_name=Path(writer.log_dir).name)
+        print(f"run         {writer.log_dir} on {device}, from step {checkpoint['global_step']:,}")
+
+    try:
+        agent = train(args, rom, checkpoint, writer, device, rank, world_size)
+        if rank == 0 and args.eval_steps:
+            checkpoint["evaluation"] = evaluate(agent, rom, args, checkpoint, writer, device)
+            save_checkpoint(args.save_path, checkpoint)
+    except KeyboardInterrupt:
+        if rank == 0 and "optimizer" in checkpoint:
+            save_checkpoint(args.save_path, checkpoint)
+        sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; pass --resume to go on")
+    if rank == 0:
+        print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
+        command = "collect_buffer.py --teacher-path"
+        print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(tyro.cli(Args))

@@ -24,7 +24,7 @@ SMALL_PPO = ["--num-envs", "2", "--num-steps", "128", "--num-minibatches", "4"]
 SMALL_PPO += ["--update-epochs", "2", "--total-timesteps", "512", "--eval-steps", "100"]
 PHASES = {
     "ppo_atari_teacher.py": [*SMALL_PPO, "--track"],
-    "collect_buffer.py": ["--num-envs", "2", "--num-samples", "2001", "--track"],
+    "collect_buffer.py": ["--num-envs", "2", "--num-samples", "3001", "--track"],
     "actor_distill.py": ["--num-envs", "2", "--epochs", "2", "--eval-steps", "100", "--track"],
     "finetune_student.py": [*SMALL_PPO, "--track"],
 }

@@ -13,25 +13,15 @@ from conftest import ENVIRONMENT, ROOT, SCRIPTS, run_script
 
 import finetune_student
 import ppo_atari_teacher
+from tools import copy_blocks
 
 # lines of code that a script may have, for good
 LIMITS = dict(zip(SCRIPTS, (450, 420, 520, 500), strict=True))
 
 
-def top_level(script):
-    """Names of a script's top-level definitions, each with its source, decorators included."""
-    text = (ROOT / script).read_text()
-    lines, found = text.splitlines(), {}
-    for node in ast.parse(text).body:
-        first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
-        source = "\n".join(lines[first - 1 : node.end_lineno])
-        if isinstance(node, ast.Assign):
-            found[node.targets[0].id] = source
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = source
-        elif isinstance(node, ast.If):
-            found[f"{lines[node.lineno - 1]} {len(found) > 0}"] = source
-    return found
+# what a reader meets of these, from the top to the bottom
+TOP_DOWN = ("Args", "AtariEnvs", "Agent", "gae", "ppo_loss", "kl_divergence", "reverse_kl")
+TOP_DOWN += ("squared_error", "train", "collect", "play", "main")
 
 
 def flags(script):
@@ -43,13 +33,39 @@ def flags(script):
 
 
 def test_blocks_of_the_same_name_are_equal_to_the_letter():
-    blocks = {script: top_level(script) for script in SCRIPTS}
-    everywhere = set.intersection(*(set(found) for found in blocks.values()))
-    expected = {"FilePath", "Fraction", "AtariEnvs", "Agent", "play", "evaluate", "claim"}
-    assert expected | {'if __name__ == "__main__": True'} <= everywhere
-    for name in set().union(*blocks.values()) - {"Args", "main", "train"}:
-        sources = {found[name] for found in blocks.values() if name in found}
-        assert len(sources) == 1, f"{name} is not the same everywhere"
+    found = {script: copy_blocks.blocks((ROOT / script).read_text()) for script in SCRIPTS}
+    everywhere = set.intersection(*map(set, found.values()))
+    expected = {"FilePath", "Fraction", "AtariEnvs", "Agent", "play", "evaluate", "lock_output"}
+    assert expected | {'if __name__ == "__main__": (end)'} <= everywhere
+    for name in set().union(*found.values()):
+        versions = {}
+        for script in SCRIPTS:
+            if name in found[script]:
+                versions.setdefault(found[script][name], []).append(script)
+        files = " is not that of ".join(map(" and ".join, versions.values()))
+        fix = "copy the right one to the others by `python tools/copy_blocks.py SCRIPT`"
+        assert len(versions) == 1, f"{name} of {files}; {fix}"
+
+
+def test_copying_blocks_changes_these_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(copy_blocks, "ROOT", tmp_path)
+    before = {script: (ROOT / script).read_text() for script in SCRIPTS}
+    changed = before[SCRIPTS[2]].replace("\ndef game_seeds(", "\n@cache\ndef game_seeds(seed, ")
+    own = re.compile(r"^(class Args|def train\(|def main\()", re.MULTILINE)
+    before[SCRIPTS[2]] = changed = own.sub(r"@own\n\1", changed)
+    for script, text in before.items():
+        (tmp_path / script).write_text(text)
+    copy_blocks.main(SCRIPTS[2])
+    right = copy_blocks.blocks(changed)
+    assert right["game_seeds"].startswith("@cache\ndef game_seeds(seed, ")
+    for script, text in before.items():
+        blocks, after = copy_blocks.blocks(text), (tmp_path / script).read_text()
+        assert ("@own" in after) == (script == SCRIPTS[2])
+        expected = {name: right.get(name, block) for name, block in blocks.items()}
+        assert copy_blocks.blocks(after) == expected
+        for name, block in blocks.items():
+            text, after = text.replace(block, ""), after.replace(expected[name], "")
+        assert text == after, "what is the script's own"
 
 
 def test_finetuning_differs_from_the_teacher_by_what_it_changes():
@@ -58,12 +74,8 @@ def test_finetuning_differs_from_the_teacher_by_what_it_changes():
     assert 0 < len(result.stdout.splitlines()) < 150
 
     teacher, student = vars(ppo_atari_teacher.Args()), vars(finetune_student.Args())
-    assert {x for x in teacher if teacher[x] != student[x]} == {
-        "exp_name",
-        "capacity",
-        "save_path",
-        "total_timesteps",
-    }
+    changed = {name for name in teacher if teacher[name] != student[name]}
+    assert changed == {"exp_name", "capacity", "save_path", "total_timesteps"}
     assert student.keys() - teacher.keys() == {"student_path", "critic_warmup_updates"}
 
 
@@ -89,21 +101,16 @@ def test_scripts_are_compact(script):
             assert sum(isinstance(x, ast.IfExp) for x in ast.walk(node)) == 1, node.lineno
 
 
-@pytest.mark.parametrize(
-    ("script", "function", "first"),
-    [
-        ("ppo_atari_teacher.py", "train", ast.For),
-        ("collect_buffer.py", "collect", ast.While),
-        ("actor_distill.py", "kl_divergence", ast.Return),
-        ("actor_distill.py", "distill_update", ast.Assign),
-        ("finetune_student.py", "train", ast.For),
-    ],
-)
-def test_the_algorithm_begins_in_the_upper_half(script, function, first):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_read_from_top_to_bottom(script):
     text = (ROOT / script).read_text()
-    (found,) = (x for x in ast.parse(text).body if getattr(x, "name", "") == function)
-    begin = min(node.lineno for node in ast.walk(found) if isinstance(node, first))
-    assert begin <= len(text.splitlines()) / 2
+    nodes = {node.name: node for node in ast.parse(text).body if hasattr(node, "name")}
+    begins = [nodes[name].lineno for name in TOP_DOWN if name in nodes]
+    assert begins == sorted(begins) and list(nodes)[-1] == "main"
+    (loop,) = (nodes[name] for name in ("train", "collect") if name in nodes)
+    assert loop.end_lineno - loop.lineno < 150
+    following = text.splitlines()[loop.end_lineno :]
+    assert next(line for line in following if line).startswith("# Nothing below changes ")
 
 
 @pytest.mark.parametrize("command", [["format", "--check"], ["check"]])
@@ -138,30 +145,13 @@ def test_imports_have_no_side_effect_and_do_not_need_wandb(tmp_path):
 
 
 def test_the_papers_values_are_the_defaults():
-    paper = {
-        "env_id": "PongNoFrameskip-v4",
-        "capacity": "high",
-        "num_envs": 16,
-        "repeat_action_probability": 0.0,
-        "eval_steps": 1_000_000,
-        "total_timesteps": 75_000_000,
-        "learning_rate": 3e-4,
-        "anneal_lr": True,
-        "num_steps": 2048,
-        "gamma": 0.99,
-        "gae_lambda": 0.95,
-        "update_epochs": 10,
-        "num_minibatches": 32,
-        "norm_adv": True,
-        "clip_coef": 0.1,
-        "clip_vloss": True,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-    }
-    args = vars(ppo_atari_teacher.Args())
-    assert {name: args[name] for name in paper} == paper
+    paper = """--env-id PongNoFrameskip-v4 --capacity high --num-envs 16
+        --repeat-action-probability 0 --eval-steps 1_000_000 --total-timesteps 75_000_000
+        --learning-rate 3e-4 --anneal-lr --num-steps 2048 --gamma 0.99 --gae-lambda 0.95
+        --update-epochs 10 --num-minibatches 32 --norm-adv --clip-coef 0.1 --clip-vloss
+        --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None"""
+    args = tyro.cli(ppo_atari_teacher.Args, args=paper.split())
+    assert args == ppo_atari_teacher.Args()
 
 
 @pytest.mark.skipif(

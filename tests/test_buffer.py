@@ -2,6 +2,8 @@
 
 import json
 import textwrap
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,6 @@ CPU = torch.device("cpu")
 
 class Recorder(collect.AtariEnvs):
     """The games, with a copy of all that passes through them; `stop_at` is a step that stops."""
-
-    stop_at = None
 
     def reset(self, **options):
         self.obs, info = super().reset(**options)
@@ -32,101 +32,104 @@ class Recorder(collect.AtariEnvs):
         return self.obs.copy(), reward, terminated, truncated, info
 
 
-class Writer:
-    """Keeps what is logged."""
+class Script:
+    """Each game loses a life in steps 2 and 5, and ends with step 6, a forced one.
 
-    def __init__(self):
-        self.scalars = []
+    Step n brings the reward n, and the screen after it has the brightness n.
+    """
 
-    def add_scalar(self, *scalar):
-        self.scalars.append(scalar)
+    action_meanings = ("NOOP", "FIRE")
+
+    def __init__(self, num_envs, stop_at=None):
+        self.num_envs, self.stop_at = num_envs, stop_at
+
+    def reset(self, seed):
+        self.number, self.forced = 0, np.zeros(self.num_envs, bool)
+        return np.zeros((self.num_envs, 4, 84, 84), np.uint8), {}
+
+    def step(self, actions):
+        if self.number == self.stop_at:
+            raise KeyboardInterrupt
+        self.number += 1
+        self.forced = np.full(self.num_envs, self.number in (2, 5))
+        self.game_over = np.full(self.num_envs, self.number == 6)
+        obs = np.full((self.num_envs, 4, 84, 84), self.number, np.uint8)
+        reward, never = np.full(self.num_envs, float(self.number)), np.zeros(self.num_envs, bool)
+        return obs, reward, self.game_over, never, {}
+
+
+def writer():
+    """Keeps what is logged, in `scalars`."""
+    scalars = []
+    return SimpleNamespace(scalars=scalars, add_scalar=lambda *scalar: scalars.append(scalar))
 
 
 def record(rom, num_envs, agent, num_samples, seed=1, greedy=False, epsilon=None, stop_at=None):
-    """Arrays, the games' log, and what was logged of a collection."""
-    envs, writer = Recorder(rom, num_envs, False, 0.0), Writer()
+    """A collection: its arrays, what was logged, and from the games the frame of each step, and
+    what belongs to each sample, by the arrays' names: rewards and ends of forced steps after it too.
+    """
+    envs, log = Recorder(rom, num_envs, 0.0, life_loss=False), writer()
     envs.stop_at = stop_at
-    arrays = collect.collect(agent, envs, num_samples, seed, greedy, epsilon, CPU, writer)
-    return arrays, envs.log, writer.scalars
+    arrays = collect.collect(agent, envs, num_samples, seed, greedy, epsilon, CPU, log)
+    frames, samples = [], []
+    for e in range(num_envs):
+        for entry in envs.log[: num_samples // num_envs]:
+            obs, forced, action, reward, done = (x[e] for x in entry)
+            frames.append(obs[3])
+            if not forced:
+                samples.append([e, obs, action, 0.0, False])
+            samples[-1][3] += reward
+            samples[-1][4] |= done
+    names = ("env_index", "obs", "actions", "rewards", "dones")
+    columns = map(np.array, zip(*samples, strict=True))
+    samples = dict(zip(names, columns, strict=True))
+    return SimpleNamespace(arrays=arrays, scalars=log.scalars, frames=frames, samples=samples)
 
 
 @pytest.fixture(scope="module", params=[None, 250], ids=["whole", "stopped"])
 def recording(request):
-    """Breakout, 3 games at once, 1,202 samples or until a Ctrl-C: arrays, log, agent, ends."""
+    """Breakout, 3 games at once, 400 steps of each (of 1,202) or until a Ctrl-C."""
     torch.manual_seed(0)
     agent = opinionated_agent(collect.Agent, "low", 4)
     with torch.no_grad():
         agent.actor.weight.mul_(4)
-    return *record("breakout", 3, agent, 1202, 5, stop_at=request.param), agent, request.param
+    found = record("breakout", 3, agent, 1202, 5, stop_at=request.param)
+    found.agent, found.steps = agent, 3 * (request.param or 400)
+    return found
 
 
-def samples(log, quotas):
-    """(sample, slot, steps) in the buffer's order, slot after slot.
-
-    `steps` are the entries of the log that belong to the sample: its own and forced ones after it.
-    """
-    found = []
-    for e, quota in enumerate(quotas):
-        slot = []
-        for entry in log:
-            obs, forced, action, reward, done = (x[e] for x in entry)
-            if forced:
-                slot[-1].append((obs, action, reward, done))
-            elif len(slot) < quota:
-                slot.append([(obs, action, reward, done)])
-            else:
-                break
-        found += [(e, steps) for steps in slot]
-    return [(i, e, steps) for i, (e, steps) in enumerate(found)]
-
-
-def test_observations_are_rebuilt_byte_for_byte_over_lost_lives_and_ends(recording):
-    arrays, log, _, _, stopped = recording
-    rows = samples(log, (401, 401, 400))
-    assert len(rows) == len(arrays["actions"]) and (len(rows) == 1202) == (stopped is None)
-    assert not arrays["frames"][0].any()
-    forced = sum(len(steps) - 1 for _, _, steps in rows)
-    assert len(arrays["frames"]) <= 1 + len(rows) + forced, "each frame is stored once"
-    assert forced > 10 and sum(done.sum() for *_, done in log) > 2
-    for i, _, steps in rows:
-        rebuilt = arrays["frames"][arrays["stack_index"][i]]
-        assert rebuilt.tobytes() == steps[0][0].tobytes(), f"sample {i}"
-
-
-def test_steps_are_recorded_as_played(recording):
-    arrays, log, *_ = recording
-    for i, e, steps in samples(log, (401, 401, 400)):
-        assert arrays["env_index"][i] == e
-        assert arrays["actions"][i] == steps[0][1]
-        assert arrays["rewards"][i] == sum(reward for _, _, reward, _ in steps)
-        assert arrays["dones"][i] == any(done for *_, done in steps)
+def test_steps_are_recorded_as_played_over_lost_lives_and_ends(recording):
+    """Observations to the byte; row i + 1 of the frames is that of step i, be it forced or not."""
+    arrays, samples = recording.arrays, recording.samples
+    assert len(recording.frames) == recording.steps
+    np.testing.assert_array_equal(arrays["frames"], [np.zeros((84, 84)), *recording.frames])
+    np.testing.assert_array_equal(arrays["frames"][arrays["stack_index"]], samples["obs"])
+    for name in samples.keys() - {"obs"}:
+        np.testing.assert_array_equal(arrays[name], samples[name])
+    assert len(arrays["actions"]) < recording.steps - 10, "some steps were forced"
+    assert samples["dones"].sum() > 2
 
 
 def test_episodes_are_whole_games(recording):
-    arrays, log, scalars, *_ = recording
-    returns, episode, slot, open_game = [], [], None, False
-    for _, e, steps in samples(log, (401, 401, 400)):
-        if e != slot or not open_game:
-            returns.append([0.0, False])
-            slot, open_game = e, True
-        returns[-1][0] += sum(reward for _, _, reward, _ in steps)
-        episode.append(len(returns) - 1)
-        if any(done for *_, done in steps):
-            returns[-1][1], open_game = True, False
+    arrays, samples = recording.arrays, recording.samples
+    rewards, dones = samples["rewards"], samples["dones"]
+    slot_and_game = np.column_stack((samples["env_index"], np.cumsum(dones) - dones))
+    _, episode = np.unique(slot_and_game, axis=0, return_inverse=True)
     np.testing.assert_array_equal(arrays["episode_index"], episode)
-    expected = [total if whole else np.nan for total, whole in returns]
-    np.testing.assert_array_equal(arrays["episode_returns"], np.float32(expected))
-    finished = sorted(total for total, whole in returns if whole)
-    assert 0 < len(finished) < len(returns)
-    assert {name for name, *_ in scalars} == {"charts/episodic_return"}
-    assert sorted(total for _, total, _ in scalars) == finished
+    games = [episode == game for game in range(episode.max() + 1)]
+    whole = np.array([dones[game].any() for game in games])
+    returns = np.float32([rewards[game].sum() for game in games])
+    np.testing.assert_array_equal(arrays["episode_returns"], np.where(whole, returns, np.nan))
+    assert 0 < whole.sum() < len(games)
+    assert {name for name, *_ in recording.scalars} == {"charts/episodic_return"}
+    assert sorted(total for _, total, _ in recording.scalars) == sorted(returns[whole])
 
 
 def test_stored_outputs_are_the_teachers_and_actions_are_drawn_from_them(recording):
-    arrays, _, _, agent, _ = recording
+    arrays = recording.arrays
     obs = torch.from_numpy(arrays["frames"][arrays["stack_index"]])
     with torch.no_grad():
-        outputs = [agent(chunk) for chunk in obs.split(256)]
+        outputs = [recording.agent(chunk) for chunk in obs.split(256)]
     logits, values = (torch.cat(x) for x in zip(*outputs, strict=True))
     probs = arrays["action_probs"]
     assert probs.max() > 0.6, "the policy has opinions"
@@ -137,43 +140,38 @@ def test_stored_outputs_are_the_teachers_and_actions_are_drawn_from_them(recordi
 
 
 def test_what_a_forced_step_brings_belongs_to_the_step_before():
-    class Script:
-        """One game: a life is lost in steps 2 and 5, and every step n brings the reward n."""
-
-        num_envs, action_meanings = 1, ["NOOP", "FIRE"]
-
-        def reset(self, seed):
-            self.number, self.forced = 0, np.zeros(1, bool)
-            return np.zeros((1, 4, 84, 84), np.uint8), {}
-
-        def step(self, actions):
-            self.number += 1
-            self.forced = np.array([self.number in (2, 5)])
-            self.game_over = np.array([self.number == 6])  # in a forced step
-            obs, reward = np.zeros((1, 4, 84, 84), np.uint8), np.array([float(self.number)])
-            return obs, reward, self.game_over, np.zeros(1, bool), {}
-
-    agent, writer = collect.Agent("low", 2), Writer()
-    arrays = collect.collect(agent, Script(), 6, 1, False, None, CPU, writer)
+    agent, log = collect.Agent("low", 2), writer()
+    arrays = collect.collect(agent, Script(1), 8, 1, False, None, CPU, log)
     # steps 3 and 6 are forced
     assert arrays["rewards"].tolist() == [1, 2 + 3, 4, 5 + 6, 7, 8]
     assert arrays["dones"].tolist() == [False, False, False, True, False, False]
-    assert writer.scalars == [("charts/episodic_return", 21, 4)]
+    assert log.scalars == [("charts/episodic_return", 21, 6)]
     assert arrays["episode_returns"][0] == 21 and np.isnan(arrays["episode_returns"][1])
 
 
-def test_greedy_takes_the_most_probable_action_and_rewards_are_raw():
+@pytest.mark.parametrize("steps", [60, 57], ids=["whole", "stopped"])
+def test_memory_is_taken_for_one_frame_a_step_and_the_blank_one(steps):
+    """NumPy tells tracemalloc what it allocates."""
+    agent, games = collect.Agent("low", 2), Script(16, stop_at=steps)
+    tracemalloc.start()
+    arrays = collect.collect(agent, games, 16 * 60, 1, False, None, CPU)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(arrays["frames"][:, 0, 0], [0, *list(range(steps)) * 16])
+    assert peak < 1.25 * (1 + 16 * 60) * 84 * 84
+
+
+@pytest.mark.parametrize("epsilon, outputs", [(None, "action_probs"), (0.5, "q_values")])
+def test_greedy_takes_the_best_action_and_rewards_are_raw(epsilon, outputs):
     agent = opinionated_agent(collect.Agent, "low", 6)
-    arrays, log, _ = record("up_n_down", 2, agent, 160, greedy=True)
-    np.testing.assert_array_equal(arrays["actions"], arrays["action_probs"].argmax(1))
-    rewards = [sum(reward for _, _, reward, _ in steps) for *_, steps in samples(log, (80, 80))]
-    np.testing.assert_array_equal(arrays["rewards"], rewards)
-    assert max(rewards) >= 100
+    arrays = record("up_n_down", 2, agent, 160, greedy=True, epsilon=epsilon).arrays
+    np.testing.assert_array_equal(arrays["actions"], arrays[outputs].argmax(1))
+    assert max(arrays["rewards"]) >= 100
 
 
 def test_q_values_are_recorded_and_played_epsilon_greedily():
     agent = opinionated_agent(collect.Agent, "low", 6)
-    arrays, *_ = record("pong", 4, agent, 600, epsilon=0.5)
+    arrays = record("pong", 4, agent, 600, epsilon=0.5).arrays
     with torch.no_grad():
         q_values, _ = agent(torch.from_numpy(arrays["frames"][arrays["stack_index"]]))
     assert "action_probs" not in arrays
@@ -187,20 +185,20 @@ def test_q_values_are_recorded_and_played_epsilon_greedily():
 
 
 def test_fewer_samples_than_games():
-    arrays, *_ = record("pong", 4, collect.Agent("low", 6), 3)
-    assert arrays["env_index"].tolist() == [0, 1, 2] == arrays["episode_index"].tolist()
-    assert np.isnan(arrays["episode_returns"]).tolist() == [True] * 3
+    arrays = collect.collect(collect.Agent("low", 2), Script(4), 3, 1, False, None, CPU)
+    assert arrays["env_index"].tolist() == [0, 1, 2, 3] == arrays["episode_index"].tolist()
+    assert np.isnan(arrays["episode_returns"]).tolist() == [True] * 4
 
 
 def test_seeds_give_different_games_and_the_same_seed_the_same():
     agent = collect.Agent("low", 6)
-    first, again, other = (record("pong", 2, agent, 80, seed)[0] for seed in (1, 1, 2))
+    first, again, other = (record("pong", 2, agent, 80, seed).arrays for seed in (1, 1, 2))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     assert (first["actions"] != other["actions"]).any()
-    seeds = [set(collect.game_seeds(16, seed, purpose)) for seed in (1, 2) for purpose in (1, 2, 3)]
-    assert len(set.union(*seeds)) == 6 * 16
-    assert all(0 <= seed < 2**31 for seed in set.union(*seeds))
+    seeds = [collect.game_seeds(16, seed, purpose) for seed in (1, 2) for purpose in (1, 2, 3)]
+    assert len(np.unique(seeds)) == 6 * 16
+    assert 0 <= np.min(seeds) and np.max(seeds) < 2**31
 
 
 def test_file_holds_the_documented_arrays(chain):
@@ -209,20 +207,20 @@ def test_file_holds_the_documented_arrays(chain):
     with np.load(path) as buffer:
         arrays = {name: buffer[name] for name in buffer}
     meta = json.loads(str(arrays.pop("meta")))
-    n, episodes = meta["args"]["num_samples"], arrays["episode_index"].max() + 1
+    n = meta["args"]["num_samples"] // 2 * 2
     documented = {
-        "frames": ("uint8", (n + 1, 84, 84)),  # Pong has no lives, so that FIRE is never forced
-        "stack_index": ("int32", (n, 4)),
-        "action_probs": ("float32", (n, 6)),
-        "values": ("float32", (n,)),
-        "actions": ("uint8", (n,)),
-        "rewards": ("float32", (n,)),
-        "dones": ("bool", (n,)),
-        "env_index": ("int32", (n,)),
-        "episode_index": ("int32", (n,)),
-        "episode_returns": ("float32", (episodes,)),
+        "frames": ("uint8", n + 1, 84, 84),
+        "stack_index": ("int32", n, 4),  # Pong has no lives, so that FIRE is never forced
+        "action_probs": ("float32", n, 6),
+        "values": ("float32", n),
+        "actions": ("uint8", n),
+        "rewards": ("float32", n),
+        "dones": ("bool", n),
+        "env_index": ("int32", n),
+        "episode_index": ("int32", n),
+        "episode_returns": ("float32", arrays["episode_index"].max() + 1),
     }
-    assert {name: (x.dtype.name, x.shape) for name, x in arrays.items()} == documented
+    assert {name: (x.dtype.name, *x.shape) for name, x in arrays.items()} == documented
     assert meta["env_id"] == "PongNoFrameskip-v4" and meta["steps"] == n
     assert meta["action_meanings"][:2] == ["NOOP", "FIRE"] and meta["targets"] == "action_probs"
     assert meta["teacher"]["checkpoint"] == "checkpoints/PongNoFrameskip-v4/ppo_high.pt"

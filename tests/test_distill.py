@@ -1,18 +1,27 @@
-"""Distillation against values worked by hand, and on a small real buffer."""
+"""Distillation against values worked by hand, against a plain training, and on real play."""
 
 import functools
 import json
 import math
-import re
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import opinionated_agent, run_main, tensorboard_scalars
+import torch.nn.functional as F
+from conftest import buffer_arrays, opinionated_agent, tensorboard_scalars
 
 import actor_distill as distill
 import collect_buffer as collect
+
+KL, REVERSE = "kl", "reverse_kl"
+SGD = {"optimizer": "sgd", "learning_rate": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def test_kl_equals_values_worked_by_hand():
@@ -45,16 +54,15 @@ def test_temperature_equals_values_worked_by_hand():
 
 
 @pytest.mark.parametrize(
-    "temperature, gap, expected",
+    "temperature, q, expected",
     [
-        # softmax(Q / tau): e^1, e^0.5 and 1 over their sum at Q = 0.01, 0.005, 0 and tau = 0.01
-        (0.01, 0.005, [0.506480391055654, 0.307195885718492, 0.186323723225854]),
-        # e^2, e^1 and 1 over their sum at Q = 2, 1, 0 and tau = 1
-        (1.0, 1.0, [0.665240955774822, 0.244728471054798, 0.090030573170381]),
+        # e^1, e^0.5 and 1 over their sum; e^2, e^1 and 1 over theirs
+        (0.01, [0.01, 0.005, 0.0], [0.506480391055654, 0.307195885718492, 0.186323723225854]),
+        (1.0, [2.0, 1.0, 0.0], [0.665240955774822, 0.244728471054798, 0.090030573170381]),
     ],
 )
-def test_equation_2_equals_values_worked_by_hand(temperature, gap, expected):
-    targets = distill.make_targets(torch.tensor([[2 * gap, gap, 0.0]]), True, "kl", temperature)
+def test_equation_2_equals_values_worked_by_hand(temperature, q, expected):
+    targets = distill.make_targets(torch.tensor([q]), True, "kl", temperature)
     torch.testing.assert_close(targets, torch.tensor([expected]), atol=1e-6, rtol=0)
     # and Eq. 2 itself against a student that finds all actions alike: ln 3 less the entropy
     entropy = -sum(p * math.log(p) for p in expected)
@@ -65,352 +73,308 @@ def test_equation_2_equals_values_worked_by_hand(temperature, gap, expected):
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_sharpening_large_q_values_is_stable(scale):
     """Near 10,000 float32 tells steps of 1/1024 apart, a tenth of the temperature."""
-    q = scale + torch.tensor([[0.0, 1.0, -0.5]])
-    torch.testing.assert_close(
-        distill.make_targets(q, True, "kl", 0.01), torch.tensor([[0.0, 1.0, 0.0]])
-    )
-    close = scale + torch.tensor([[0.0, 2**-10]])
     chance = 1 / (1 + math.exp(-(2**-10) / 0.01))
-    torch.testing.assert_close(
-        distill.make_targets(close, True, "kl", 0.01), torch.tensor([[1 - chance, chance]])
-    )
+    rows = {(0.0, 1.0, -0.5): (0.0, 1.0, 0.0), (0.0, 2**-10): (1 - chance, chance)}
+    for q, expected in rows.items():
+        targets = distill.make_targets(scale + torch.tensor([q]), True, "kl", 0.01)
+        torch.testing.assert_close(targets, torch.tensor([expected]))
 
 
 def test_the_reverse_kl_is_that_of_torch_with_teacher_and_student_exchanged():
     targets = torch.tensor([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
     logits = torch.tensor([[0.3, 2.0, -1.0], [5.0, -9.0, 1.0], [0.2, 0.3, 0.5]]).log_softmax(-1)
     floor = targets.clamp(min=1e-8).log()
-    expected = torch.nn.functional.kl_div(floor, logits, reduction="none", log_target=True).sum(-1)
+    expected = F.kl_div(floor, logits, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(distill.reverse_kl(targets, logits), expected)
-    same = distill.reverse_kl(targets[:1], targets[:1].log())
-    assert same.item() == pytest.approx(0, abs=1e-6)
-    # a chance of 1% for what the teacher never does costs more than by Eq. 3
-    certain, careless = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.99, 0.01]]).log()
-    assert distill.reverse_kl(certain, careless) > 10 * distill.kl_divergence(certain, careless)
-
-
-def test_the_reverse_kl_takes_over_after_a_fifth_by_eq_3(small_buffer, tmp_path, monkeypatch):
-    path, _ = small_buffer
-    used, batch_loss = [], distill.batch_loss
-
-    def recorded(*batch):
-        used.append(batch[-1])
-        return batch_loss(*batch)
-
-    monkeypatch.setattr(distill, "batch_loss", recorded)
-    distilled(path, tmp_path, monkeypatch, loss=None, epochs=5, batch_size=256)
-    steps = len(used) // 5
-    assert used == [distill.kl_divergence] * steps + [distill.reverse_kl] * 4 * steps
-    used.clear()
-    flags = {"loss": "kl", "epochs": 5, "batch_size": 256, "save_path": "kl.pt"}
-    distilled(path, tmp_path, monkeypatch, **flags)
-    assert used == [distill.kl_divergence] * 5 * steps
-
-
-def test_by_default_a_policy_is_learned_by_the_reverse_kl(small_buffer, tmp_path, monkeypatch):
-    path, buffer = small_buffer
-    flags = {"loss": None, "epochs": 4, "batch_size": 32, "learning_rate": 1e-3}
-    student = distilled(path, tmp_path, monkeypatch, **flags)
-    assert student["args"]["loss"] == "reverse_kl"
-    _, _, unseen = held_out_rows(buffer)
-    p = buffer["action_probs"][unseen].astype(np.float64)
-    agent = distill.Agent("low", 6)
-
-    def distance(model):
-        agent.load_state_dict(model)
-        logits, _ = outputs_of(agent, buffer["frames"][buffer["stack_index"][unseen]])
-        q = torch.from_numpy(logits).double().softmax(-1).numpy()
-        return (q * np.log(q / p)).sum(1).mean()
-
-    found = student["validation"]["validation/reverse_kl"]
-    assert found == pytest.approx(distance(student["model"]), rel=1e-3)
-    torch.manual_seed(1)
-    assert found < distance(distill.Agent("low", 6).state_dict()) / 2
-
-
-def test_the_other_losses_of_rusu_et_al():
-    outputs, logits = torch.tensor([[0.2, 0.7, 0.1], [3.0, -1.0, 2.0]]), torch.randn(2, 3)
-    nll = distill.kl_divergence(distill.make_targets(outputs, True, "nll", None), logits)
-    best = torch.tensor([1, 0])
-    expected = torch.nn.functional.cross_entropy(logits, best, reduction="none")
-    torch.testing.assert_close(nll, expected)
-    student = torch.tensor([[0.0, 1.0, 0.5], [3.0, 1.0, 2.5]])
-    # 0.04 + 0.09 + 0.16 and 0 + 4 + 0.25
-    error = distill.squared_error(distill.make_targets(outputs, True, "mse", None), student)
-    torch.testing.assert_close(error, torch.tensor([0.29, 4.25]))
-
-
-def random_batch(size):
-    """Observations, a teacher's probabilities and values."""
-    obs = torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8)
-    return obs, torch.randn(size, 6).softmax(-1), torch.randn(size)
-
-
-def gradients(agent, *batch):
-    """By one update; `batch` is what `batch_loss` takes after the agent."""
-    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    distill.distill_update(agent, optimizer, distill.batch_loss, *batch)
-    return {name: p.grad for name, p in agent.named_parameters()}
-
-
-def test_loss_is_the_sum_over_actions_averaged_over_the_batch():
-    agent, (obs, probs, values) = distill.Agent("low", 6), random_batch(8)
-    grads = gradients(agent, obs, probs, values, 0.5)
-    logits, student_values = agent(obs)
-    # d/dlogits of KL(p || q) is q - p; the actor's bias sees its mean over the batch
-    expected = (logits.softmax(-1) - probs).mean(0)
-    torch.testing.assert_close(grads["actor.bias"], expected, atol=1e-6, rtol=0)
-    expected = 0.5 * (student_values - values).mean(0, True)
-    torch.testing.assert_close(grads["critic.bias"], expected, atol=1e-6, rtol=0)
-    q = torch.randn(8, 6)
-    grads = gradients(agent, obs, q, values, 0.0, distill.squared_error)
-    expected = 2 * (logits - q).mean(0)
-    torch.testing.assert_close(grads["actor.bias"], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("value_coef", [0.0, 0.5])
-def test_doubling_the_batch_changes_no_gradient(value_coef):
-    agent, batch = distill.Agent("low", 6), random_batch(8)
-    once = gradients(agent, *batch, value_coef)
-    twice = gradients(agent, *(torch.cat((x, x)) for x in batch), value_coef)
-    for name in once:
-        if name.startswith("critic") and not value_coef:
-            assert once[name] is None, "without --value-coef the critic is not touched"
-        else:
-            torch.testing.assert_close(once[name], twice[name], atol=1e-6, rtol=1e-4)
-
-
-def test_a_column_of_values_is_refused():
-    """Values of shape [B, 1] against the teacher's of shape [B] would broadcast to [B, B]."""
-    obs, probs, values = random_batch(4)
-    with pytest.raises(AssertionError, match="broadcast"):
-        distill.batch_loss(lambda obs: (probs, values[:, None]), obs, probs, values, 0.5)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_update_is_the_plain_one():
-    """Same sums, gradients and weights, also for the smaller batch that ends an epoch."""
-    compiled = torch.compile(distill.batch_loss, mode="reduce-overhead", dynamic=False)
-    outcomes = []
-    for loss_function in (distill.batch_loss, compiled):
-        torch.manual_seed(0)
-        agent = distill.Agent("low", 6).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(agent.parameters(), lr=0.01)
-        step = functools.partial(distill.distill_update, agent, optimizer, loss_function)
-        sums = [step(*random_batch(size), 0.5) for size in (32, 32, 20)]
-        outcomes.append([*sums, *(x.grad for x in agent.parameters()), *agent.parameters()])
-    for plain, other in zip(*outcomes, strict=True):
-        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
-
-
-def plain_figures(logits, student_values, probs, values):
-    """What `validate` reports for the KL, by NumPy in double precision."""
-    q = np.exp(logits - logits.max(1, keepdims=True))
-    q /= q.sum(1, keepdims=True)
-    p = probs.astype(float) / probs.sum(1, keepdims=True, dtype=float)
-    entropy = [-(x * np.log(x)).sum(1).mean() for x in (q, p)]
-    return {
-        "validation/kl": (p * np.log(p / q)).sum(1).mean(),
-        "validation/agreement": (p.argmax(1) == q.argmax(1)).mean(),
-        "validation/entropy_gap": entropy[0] - entropy[1],
-        "validation/value_loss": 0.5 * ((student_values - values) ** 2).mean(),
-    }
 
 
 @torch.no_grad()
-def outputs_of(agent, obs):
-    """Logits and values of uint8 observations, NumPy arrays of doubles."""
-    parts = [agent(torch.from_numpy(part)) for part in np.array_split(obs, -(-len(obs) // 500))]
-    return [torch.cat(column).double().numpy() for column in zip(*parts, strict=True)]
+def outputs_of(model, buffer, rows):
+    """A low student's logits and values on some rows of a buffer, NumPy arrays of doubles."""
+    agent = distill.Agent("low", 6)
+    agent.load_state_dict(model)
+    obs = buffer["frames"][buffer["stack_index"][rows]]
+    return [x.double().numpy() for x in agent(torch.from_numpy(obs))]
 
 
-def test_validation_metrics_equal_plain_numpy():
-    """Over several batches, the last of them smaller."""
-    agent = opinionated_agent(distill.Agent, "low", 6)
-    obs, probs, values = random_batch(1100)
-    rows = torch.arange(1100)
-    found = distill.validate(agent, lambda rows: (obs[rows], probs[rows], values[rows]), rows)
-    expected = plain_figures(*outputs_of(agent, obs.numpy()), probs.numpy(), values.numpy())
-    assert found == pytest.approx(expected, rel=1e-4)
+def figures(model, buffer, rows):
+    """What `validate` reports of a student on some rows, by NumPy in double precision."""
+    logits, student_values = outputs_of(model, buffer, rows)
+    q = np.exp(logits - logits.max(1, keepdims=True))
+    q /= q.sum(1, keepdims=True)
+    p = buffer["action_probs"][rows].astype(float)
+    p /= p.sum(1, keepdims=True)
+    student_entropy, entropy = (-(x * np.log(x)).sum(1).mean() for x in (q, p))
+    return {
+        "validation/kl": (p * np.log(p / q)).sum(1).mean(),
+        "validation/reverse_kl": (q * np.log(q / p)).sum(1).mean(),
+        "validation/agreement": (p.argmax(1) == q.argmax(1)).mean(),
+        "validation/entropy_gap": student_entropy - entropy,
+        "validation/value_loss": 0.5 * ((student_values - buffer["values"][rows]) ** 2).mean(),
+    }
+
+
+def untrained():
+    """The weights that a low student of seed 1 starts from."""
+    torch.manual_seed(1)
+    return distill.Agent("low", 6).state_dict()
+
+
+def distilled(buffer, **flags):
+    """Distil a low student from a buffer's arrays, without an evaluation: its checkpoint."""
+    np.savez("buffer.npz", **buffer)
+    args = {"buffer_path": "buffer.npz", "save_path": "student.pt", "capacity": "low"}
+    args |= {"eval_steps": 0, "overwrite": True}
+    distill.main(distill.Args(**(args | flags)))
+    os.remove("student.pt.lock")  # which this process would keep
+    return torch.load("student.pt", weights_only=True)
+
+
+def logged(student):
+    """The scalars of a student's run: tag to values."""
+    scalars = tensorboard_scalars(f"runs/{student['run_name']}")
+    return {tag: [value for _, value in points] for tag, points in scalars.items()}
+
+
+def test_validation_figures_equal_plain_numpy():
+    """Over several batches, the last of them smaller; of probabilities, and of Q-values."""
+    buffer, agent = buffer_arrays(1100), opinionated_agent(distill.Agent, "low", 6)
+    expected = figures(agent.state_dict(), buffer, slice(None))
+    logits, _ = outputs_of(agent.state_dict(), buffer, slice(None))
+    q_values = np.log(buffer["action_probs"]) + 1  # whose softmax they are
+    expected["validation/mse"] = ((q_values - logits) ** 2).sum(1).mean()
+    losses = {"kl": distill.kl_divergence, "reverse_kl": distill.reverse_kl}
+    for targets in (buffer["action_probs"], q_values):
+        arrays = (buffer["frames"][buffer["stack_index"]], targets, buffer["values"])
+        batch = functools.partial(lambda x, rows: [torch.from_numpy(y[rows]) for y in x], arrays)
+        found = distill.validate(agent, batch, torch.arange(1100), losses)
+        assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-4)
+        losses = {"mse": distill.squared_error}
+    assert "validation/mse" in found
+
+
+def test_the_gradient_is_the_one_worked_by_hand():
+    """d KL(p || q) / d logits is q - p, averaged over the batch, however large that is."""
+    buffer, start = buffer_arrays(), untrained()
+    logits, values = outputs_of(start, buffer, np.arange(19))
+    q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradients = {
+        "actor.bias": (q - buffer["action_probs"][:19]).mean(0),
+        "critic.bias": 0.5 * (values - buffer["values"][:19]).mean(keepdims=True),
+    }
+    flags = {"epochs": 1, "loss": "kl", "anneal_lr": False, "value_coef": 0.5}
+    flags |= {"optimizer": "sgd", "learning_rate": 1.0}
+    once = distilled(buffer, **flags)["model"]
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(start[name] - once[name], gradient, atol=1e-6)
+    for name in ("stack_index", "action_probs", "values", "episode_index"):
+        buffer[name] = buffer[name].repeat(2, 0)
+    twice = distilled(buffer, **flags)["model"]
+    for name in once:
+        torch.testing.assert_close(twice[name], once[name], atol=1e-5, rtol=0)
+
+
+def plain_training(buffer, targets, losses, rates, optimizer, value_coef=0.0):
+    """The weights after a step on rows 0 to 18 for each loss and rate, by torch's own losses."""
+    obs = torch.from_numpy(buffer["frames"][buffer["stack_index"][:19]])
+    targets, values = targets[:19], torch.from_numpy(buffer["values"][:19])
+    agent = distill.Agent("low", 6)
+    agent.load_state_dict(untrained())
+    make = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = make[optimizer](agent.parameters(), lr=0.0)
+    for name, rate in zip(losses, rates, strict=True):
+        logits, student_values = agent(obs)
+        log_p, log_q = targets.log(), logits.log_softmax(-1)
+        loss = {
+            KL: F.kl_div(log_q, log_p, reduction="batchmean", log_target=True),
+            REVERSE: F.kl_div(log_p, log_q, reduction="batchmean", log_target=True),
+            "nll": F.cross_entropy(logits, targets.argmax(-1)),
+            "mse": 6 * F.mse_loss(logits, targets),
+        }[name]
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        (loss + value_coef / 2 * F.mse_loss(student_values, values)).backward()
+        optimizer.step()
+    return agent.state_dict()
+
+
+CONSTANT, ADAM = {"anneal_lr": False}, {"optimizer": "adam"}
+
+
+@pytest.mark.parametrize(
+    "flags, losses, shares",  # the loss of each epoch, and its share of --learning-rate
+    [
+        (
+            {"eq3_fraction": 0.4, "warmup_fraction": 0.4},
+            [KL, KL, REVERSE, REVERSE, REVERSE],
+            [0, 1 / 2, 1, 2 / 3, 1 / 3],
+        ),
+        ({"eq3_fraction": 0, "warmup_fraction": 0}, [REVERSE] * 3, [1, 2 / 3, 1 / 3]),
+        (CONSTANT | {"loss": KL, "value_coef": 0.5}, [KL] * 3, [1] * 3),
+        (CONSTANT | {"loss": KL, "temperature": 2.0}, [KL] * 2, [1] * 2),
+        (CONSTANT | ADAM | {"loss": "nll"}, ["nll"] * 2, [1] * 2),
+        ({"loss": "mse", "warmup_fraction": 1}, ["mse"] * 2, [0, 1 / 2]),
+    ],
+)
+def test_a_training_is_the_plain_one(flags, losses, shares):
+    """All 19 rows to train on make one batch, so that an epoch is one step."""
+    flags = {"optimizer": "sgd", "learning_rate": 0.01, "epochs": len(losses), **flags}
+    buffer = buffer_arrays()
+    targets = torch.from_numpy(buffer["action_probs"])
+    if "mse" in losses:
+        meta = {"env_id": "PongNoFrameskip-v4", "targets": "q_values"}
+        buffer |= {"q_values": buffer.pop("action_probs"), "meta": np.array(json.dumps(meta))}
+    if "temperature" in flags:
+        targets = targets.sqrt() / targets.sqrt().sum(-1, keepdim=True)
+    student, start = distilled(buffer, **flags), untrained()
+    rates = 0.01 * np.array(shares)
+    np.testing.assert_allclose(logged(student)["charts/learning_rate"], rates, rtol=1e-6)
+    more = (flags["optimizer"], flags.get("value_coef", 0))
+    for name, weight in plain_training(buffer, targets, losses, rates, *more).items():
+        moved = (weight - start[name]).abs().max().item()
+        assert (moved > 0) == (name[:6] != "critic" or "value_coef" in flags)
+        torch.testing.assert_close(student["model"][name], weight, atol=0.005 * moved, rtol=0)
+
+
+def test_each_name_holds_one_quantity_over_the_whole_run():
+    """As a student shows that learns too slowly to change: by Eq. 3 first, then by the reverse."""
+    buffer, flags = buffer_arrays(), {"epochs": 4, "eq3_fraction": 0.5, "warmup_fraction": 0.5}
+    found = logged(distilled(buffer, learning_rate=1e-30, batch_size=6, **flags))
+    trained, expected = (figures(untrained(), buffer, rows) for rows in (np.arange(18), [19]))
+    for name in (KL, REVERSE, "value_loss"):
+        expected[f"losses/{name}"] = trained[f"validation/{name}"]
+    last_steps = np.arange(4) + 2 / 3  # of three steps in each epoch
+    expected["charts/learning_rate"] = 1e-30 * np.minimum(last_steps / 2, 2 - last_steps / 2)
+    expected["charts/epoch"] = [1, 2, 3, 4]
+    assert found.keys() == expected.keys() | {"charts/SPS"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_bfloat16_is_only_what_the_network_computes_in():
+    flags = SGD | CONSTANT | {"epochs": 3, "loss": KL, "value_coef": 0.5}
+    plain, student = (distilled(buffer_arrays(), bf16=x, **flags) for x in (False, True))
+    moments = [state["momentum_buffer"] for state in student["optimizer"]["state"].values()]
+    assert len(moments) == 12 and all(x.dtype == torch.float32 for x in moments)
+    for name, start in untrained().items():
+        weight, expected = student["model"][name], plain["model"][name]
+        assert weight.dtype == torch.float32
+        assert 0 < (weight - expected).norm() < 0.1 * (expected - start).norm(), name
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_is_the_plain_one():
+    flags = SGD | {"epochs": 2, "eq3_fraction": 0.5, "batch_size": 6, "value_coef": 0.5}
+    plain, compiled = (distilled(buffer_arrays(), compile=x, **flags) for x in (False, True))
+    for name, weight in plain["model"].items():
+        torch.testing.assert_close(compiled["model"][name], weight, atol=1e-5, rtol=1e-4)
+    assert compiled["validation"] == pytest.approx(plain["validation"], rel=1e-3)
 
 
 def test_held_out_share_is_whole_episodes():
     episodes = np.repeat(np.arange(50), np.random.default_rng(0).integers(10, 30, 50))
     train, held_out = distill.split_episodes(episodes, 0.1, 1)
-    assert sorted([*train, *held_out]) == list(range(len(episodes)))
     assert not set(episodes[train]) & set(episodes[held_out])
     assert 0.1 <= len(held_out) / len(episodes) < 0.14
     assert set(held_out) != set(distill.split_episodes(episodes, 0.1, 2)[1])
+    for games in (episodes, np.repeat([0, 1, 2], [10, 39, 51])):
+        for seed in range(20):
+            train, held_out = distill.split_episodes(games, 0.5, seed)
+            assert len(train) and sorted([*train, *held_out]) == list(range(len(games)))
 
 
-@pytest.mark.parametrize("lengths, fraction", [([10, 39, 51], 0.5), ([10], 0.5), ([2], 0.05)])
-def test_something_is_always_left_to_train_on(lengths, fraction):
-    episodes = np.repeat(np.arange(len(lengths)), lengths)
-    for seed in range(20):
-        train, held_out = distill.split_episodes(episodes, fraction, seed)
-        assert len(train) and len(held_out)
-        assert sorted([*train, *held_out]) == list(range(len(episodes)))
-
-
-@pytest.mark.parametrize("episodes", [np.zeros(100, int), np.repeat([0, 1], 50)])
-def test_few_long_episodes_give_a_contiguous_stretch(episodes):
-    train, held_out = distill.split_episodes(episodes, 0.05, 1)
-    assert held_out.tolist() == [95, 96, 97, 98, 99] and train.tolist() == list(range(95))
+@pytest.mark.parametrize(
+    "episodes, held_out", [([0] * 100, 5), ([0] * 50 + [1] * 50, 5), ([0, 0], 1), ([0] * 10, 1)]
+)
+def test_few_long_episodes_give_a_contiguous_stretch(episodes, held_out):
+    parts = distill.split_episodes(np.array(episodes), 0.05, 1)
+    assert [*map(len, parts)] == [len(episodes) - held_out, held_out]
+    assert np.concatenate(parts).tolist() == list(range(len(episodes)))
 
 
 @pytest.fixture(scope="module")
-def small_buffer(tmp_path_factory):
-    """3,000 real Pong steps of a teacher with opinions, 150 in each game: path and arrays."""
+def real_play():
+    """2,000 steps of Pong by a teacher with opinions, 100 in each game: a buffer's arrays."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("small")
     agent = opinionated_agent(collect.Agent, "low", 6)
-    about = {"phase": "ppo", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
-    torch.save({**about, "global_step": 0, "model": agent.state_dict()}, folder / "teacher.pt")
-    path = str(folder / "buffer.npz")
-    args = {"teacher_path": "teacher.pt", "buffer_path": path, "eval_steps": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run_main(collect, collect.Args(**args, num_samples=3000, num_envs=20))
-    with np.load(path) as file:
-        return path, dict(file)
+    envs = collect.AtariEnvs("pong", 20, 0.0, life_loss=False)
+    arrays = collect.collect(agent, envs, 2000, 1, False, None, "cpu")
+    return {**arrays, "meta": buffer_arrays()["meta"]}
 
 
-def distilled(path, folder, monkeypatch, **flags):
-    """Distil into `student.pt` of a folder, without an evaluation."""
-    monkeypatch.chdir(folder)
-    args = {"buffer_path": path, "save_path": "student.pt", "capacity": "low", "eval_steps": 0}
-    args |= {"validation_fraction": 0.1, "loss": "kl"}
-    run_main(distill, distill.Args(**(args | flags)))
-    return torch.load(folder / "student.pt", weights_only=True)
-
-
-def held_out_rows(buffer):
-    """Rows to train on, and those held out whose four frames are no training row's, byte for byte."""
+def split(buffer):
+    """Rows to train on, those held out, and of these those unlike any to train on, byte for byte."""
     train, held_out = distill.split_episodes(buffer["episode_index"], 0.1, 1)
     stacks = [buffer["frames"][index].tobytes() for index in buffer["stack_index"]]
     known = {stacks[row] for row in train}
     return train, held_out, [row for row in held_out if stacks[row] not in known]
 
 
-def held_out_figures(model, buffer, rows):
-    """What a student's figures on some rows are, computed apart from the script."""
-    agent = distill.Agent("low", 6)
-    agent.load_state_dict(model)
-    outputs = outputs_of(agent, buffer["frames"][buffer["stack_index"][rows]])
-    return plain_figures(*outputs, buffer["action_probs"][rows], buffer["values"][rows])
+LEARNING = {"batch_size": 32, "validation_fraction": 0.1}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_student_learns_held_out_play(small_buffer, optimizer, tmp_path, monkeypatch):
-    path, buffer = small_buffer
-    flags = {"optimizer": optimizer, "learning_rate": {"sgd": 0.03, "adam": 1e-3}[optimizer]}
-    student = distilled(path, tmp_path, monkeypatch, epochs=4, batch_size=32, **flags)
-    train, _, unseen = held_out_rows(buffer)
-    torch.manual_seed(1)
-    untrained = distill.Agent("low", 6).state_dict()
-    start = held_out_figures(untrained, buffer, unseen)["validation/kl"]
-    assert start > 0.15, "an untrained student is far from this teacher"
-    assert student["validation"]["validation/kl"] < start / 2
-    assert student["validation"]["validation/agreement"] > 0.7
+def test_a_student_learns_held_out_play(real_play):
+    """By default by KL(student || teacher), and without the critic."""
+    student = distilled(real_play, epochs=4, learning_rate=1e-3, **LEARNING)
+    train, _, unseen = split(real_play)
+    start, end = (figures(x, real_play, unseen) for x in (untrained(), student["model"]))
+    assert student["validation"] == pytest.approx(end, rel=1e-3, abs=1e-6)
+    assert start["validation/reverse_kl"] > 0.15, "an untrained student is far from this teacher"
+    assert end["validation/reverse_kl"] < start["validation/reverse_kl"] / 2
+    assert end["validation/agreement"] > 0.7
+    assert student["args"]["loss"] == REVERSE
     assert student["global_step"] == 4 * (len(train) // 32 * 32)
-    assert torch.equal(student["model"]["critic.weight"], untrained["critic.weight"])
+    assert torch.equal(student["model"]["critic.weight"], untrained()["critic.weight"])
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_learning_rate_falls_to_zero_or_stays(small_buffer, anneal, tmp_path, monkeypatch):
-    path, buffer = small_buffer
-    rates = []
-
-    def update(agent, optimizer, *batch):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return torch.zeros(2)
-
-    monkeypatch.setattr(distill, "distill_update", update)
-    flags = {"epochs": 3, "batch_size": 64, "learning_rate": 1e-3, "anneal_lr": anneal}
-    distilled(path, tmp_path, monkeypatch, **flags)
-    done = np.arange(126) / 126
-    assert 126 == 3 * (len(held_out_rows(buffer)[0]) // 64)
-    shares = np.interp(done, [0, 1 / 11, 1], [0, 10 / 11, 0]) if anneal else np.ones(126)
-    np.testing.assert_allclose(rates, 1e-3 * shares, rtol=1e-12, atol=1e-18)
-
-
-def test_value_coef_fits_the_critic(small_buffer, tmp_path, monkeypatch):
-    path, buffer = small_buffer
-    student = distilled(path, tmp_path, monkeypatch, epochs=2, value_coef=0.5)
-    torch.manual_seed(1)
-    untrained = distill.Agent("low", 6).state_dict()
-    start = held_out_figures(untrained, buffer, held_out_rows(buffer)[2])
-    found = student["validation"]["validation/value_loss"]
-    assert found < start["validation/value_loss"] / 4
-
-
-def test_early_stopping_keeps_the_best_epoch(small_buffer, tmp_path, monkeypatch, capsys):
+def test_early_stopping_keeps_the_best_epoch(real_play, capsys):
     """Its figures are those of held-out samples that are unlike any to train on."""
-    path, buffer = small_buffer
     # at this rate the held-out KL bounces, so that some epoch is worse than the one before
-    flags = {"epochs": 40, "batch_size": 32, "learning_rate": 3e-3, "early_stop_patience": 1}
-    flags["anneal_lr"] = False
-    student = distilled(path, tmp_path, monkeypatch, **flags)
+    flags = {"epochs": 40, "learning_rate": 3e-3, "early_stop_patience": 1, "anneal_lr": False}
+    student = distilled(real_play, loss=KL, **LEARNING, **flags)
     assert student["last_epoch"] == student["epoch"] + 1 < 40
-    train, held_out, unseen = held_out_rows(buffer)
+    train, held_out, unseen = split(real_play)
     assert 0 < len(unseen) < len(held_out)
-    expected = held_out_figures(student["model"], buffer, unseen)
-    on_all = held_out_figures(student["model"], buffer, held_out)
+    expected = figures(student["model"], real_play, unseen)
+    on_all = figures(student["model"], real_play, held_out)
     assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert student["validation"] != pytest.approx(on_all, rel=1e-3, abs=1e-6)
     assert student["global_step"] == len(train) // 32 * 32 * student["epoch"]
-    output = capsys.readouterr().out
-    counts = re.search(r"held out +(\d+) samples, (\d+) of them unlike any to train on", output)
-    assert [int(count) for count in counts.groups()] == [len(held_out), len(unseen)]
-    kept = re.search(r"kept +epoch (\d+): validation/kl (\S+),", output).groups()
-    assert kept == (str(student["epoch"]), f"{student['validation']['validation/kl']:.4f}")
-    scalars = tensorboard_scalars(next((tmp_path / "runs").iterdir()))["validation/kl"]
-    logged = [value for _, value in scalars]
-    assert logged[-2] == min(logged) == pytest.approx(expected["validation/kl"], rel=1e-3)
-    last = held_out_figures(student["last_model"], buffer, unseen)
-    assert logged[-1] == pytest.approx(last["validation/kl"], rel=1e-3)
+    output, kl = capsys.readouterr().out, student["validation"]["validation/kl"]
+    assert f"{len(held_out)} samples, {len(unseen)} of them unlike any to train on" in output
+    assert f"kept        epoch {student['epoch']}: validation/kl {kl:.4f}," in output
+    found = logged(student)["validation/kl"]
+    assert found[-2] == min(found) == pytest.approx(kl)
+    last = figures(student["last_model"], real_play, unseen)
+    assert found[-1] == pytest.approx(last["validation/kl"], rel=1e-3)
 
 
-def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(
-    small_buffer, tmp_path, monkeypatch, capsys
-):
+def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(real_play, capsys):
     """As a greedy teacher's games can be the same from start to end."""
-    _, buffer = small_buffer
     names = ("stack_index", "action_probs", "values")
-    twice = {name: np.concatenate((buffer[name][:300], buffer[name][:300])) for name in names}
-    twice |= {"frames": buffer["frames"], "episode_index": np.repeat([0, 1], 300)}
-    np.savez(tmp_path / "twice.npz", **twice, meta=buffer["meta"])
-    student = distilled("twice.npz", tmp_path, monkeypatch, epochs=1)
+    twice = {name: np.concatenate((real_play[name][:300], real_play[name][:300])) for name in names}
+    twice |= {"frames": real_play["frames"], "episode_index": np.repeat([0, 1], 300)}
+    student = distilled({**twice, "meta": real_play["meta"]}, epochs=1, validation_fraction=0.1)
     assert "held out    60 samples, 0 of them unlike any" in capsys.readouterr().out
-    expected = held_out_figures(student["model"], twice, np.arange(540, 600))
+    expected = figures(student["model"], twice, np.arange(540, 600))
     assert student["validation"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_resume_may_go_on_with_another_loss_and_teacher(
-    small_buffer, tmp_path, monkeypatch, capsys
-):
-    path, buffer = small_buffer
-    distilled(path, tmp_path, monkeypatch, epochs=1)
-    (tmp_path / "student.pt.lock").unlink()
-    meta = json.loads(str(buffer["meta"]))
-    meta["teacher"]["sha256"] = "other"
-    np.savez(tmp_path / "other.npz", **{**buffer, "meta": np.array(json.dumps(meta))})
-    flags = {"epochs": 2, "loss": "reverse_kl", "resume": True, "early_stop_patience": 1}
-    student = distilled("other.npz", tmp_path, monkeypatch, **flags)
-    assert student["epoch"] == 2 and "validation/reverse_kl" in student["validation"]
-    printed = capsys.readouterr().out
-    assert "with --loss reverse_kl; it was kl" in printed and "with --teacher other;" in printed
+def test_a_resume_may_go_on_by_another_loss():
+    """Whose best epoch is another one: the likelihood of one action is no KL."""
+    distilled(buffer_arrays(), epochs=1, loss=KL)
+    flags = {"epochs": 2, "loss": "nll", "resume": True, "early_stop_patience": 1}
+    student = distilled(buffer_arrays(), **flags)
+    assert student["epoch"] == 2 and "validation/nll" in student["validation"]
 
 
-def test_share_of_teacher():
-    def result(mean, greedy=False):
-        return {"mean": mean, "greedy": greedy, "repeat_action_probability": 0.0}
-
-    share = distill.share_of_teacher
-    text = "mean 9.00, its teacher's 12.00: 75.0% of its teacher"
-    assert share(result(9), result(12)) == text
-    for student, teacher in ((-5, -2), (5, -2), (-5, 2)):
-        text = share(result(student), result(teacher))
-        assert text == f"mean {student:.2f}, its teacher's {teacher:.2f}"
-    for pair in ((result(9), None), (None, result(12))):
-        assert share(*pair) == "no share of its teacher, since not both are evaluated"
+def test_student_and_teacher_are_compared_by_the_same_rules_only():
+    """By their means, as a share of a score that begins below 0 says nothing."""
+    rules = {"greedy": False, "repeat_action_probability": 0.0}
+    student, teacher = {"mean": 9.0, **rules}, {"mean": 12.0, **rules}
+    assert distill.compare(student, teacher) == "mean 9.00, its teacher's 12.00"
+    below = {"mean": -5.0, **rules}
+    assert distill.compare(below, teacher) == "mean -5.00, its teacher's 12.00"
+    greedy, sticky = teacher | {"greedy": True}, teacher | {"repeat_action_probability": 0.25}
+    for pair in ((student, greedy), (sticky, teacher), (student, None), (None, teacher)):
+        assert distill.compare(*pair).startswith("not compared with its teacher")

@@ -1,14 +1,15 @@
 """Which games the evaluation counts, and how it describes them."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from conftest import opinionated_agent, tensorboard_scalars
 
+import actor_distill as distill
+import finetune_student as finetune
 import ppo_atari_teacher as teacher
 
 CPU = torch.device("cpu")
@@ -40,14 +41,8 @@ class ScriptedGames:
 
 
 def policy(*logits):
-    """An agent without a parameter that always has these logits."""
-
-    def forward(obs):
-        return torch.tensor(logits).expand(len(obs), len(logits)), torch.zeros(len(obs))
-
-    module = nn.Module()
-    module.forward = forward
-    return module
+    """An agent that always has these logits."""
+    return lambda obs: (torch.tensor(logits).expand(len(obs), -1), torch.zeros(len(obs)))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +77,7 @@ def test_actions_are_sampled_or_the_best(greedy):
 
 
 def test_real_games_are_whole_and_repeat_with_the_seed():
-    envs = teacher.AtariEnvs("breakout", 2, False, 0.0)
+    envs = teacher.AtariEnvs("breakout", 2, 0.0, life_loss=False)
     before = torch.get_rng_state()
     first = teacher.play(policy(0.0, 0.0, 0.0, 0.0), envs, 10, 4, False, CPU)
     assert torch.equal(before, torch.get_rng_state()), "the random state is left alone"
@@ -109,30 +104,23 @@ def test_interval_agrees_with_the_normal_approximation():
     assert summary["ci95"] == pytest.approx(expected, abs=0.15 * half_width)
 
 
-def test_an_evaluation_alone_is_logged_to_tensorboard_and_wandb(tmp_path):
-    """One game, so that there is no interval, by flags that no rollout could have."""
-    flags = "--num-envs 1 --num-steps 7 --eval-steps 1 --eval-greedy --track --env-id"
-    agent = teacher.Agent("low", 4)
-    checkpoint = {
-        "env_id": "BreakoutNoFrameskip-v4",
-        "phase": "ppo",
-        "capacity": "low",
-        "checkpoint": "x.pt",
-        "args": {},
-        "global_step": 77,
-        "model": agent.state_dict(),
-    }
-    torch.save(checkpoint, tmp_path / "x.pt")
-    flags = [*flags.split(), "Breakout-v5", "--eval-only", "x.pt"]
-    result = run_script(tmp_path, "ppo_atari_teacher.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "95% interval of the mean unknown" in result.stdout
-    (folder,) = (tmp_path / "runs").iterdir()
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    names = {"eval/mean", "eval/std"}
-    assert names == set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("eval/mean")] == [77]
-    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    found = log.read_bytes()
-    assert all(name.encode() in found for name in names)
+@pytest.mark.parametrize("module", [teacher, distill, finetune])
+def test_eval_only_plays_the_checkpoint_and_by_the_flags_that_are_given(
+    module, tmp_path, monkeypatch
+):
+    """A single game, of another game and size than the defaults, and nothing else is written."""
+    monkeypatch.chdir(tmp_path)
+    agent = opinionated_agent(teacher.Agent, "low", 4)
+    about = {"env_id": "BreakoutNoFrameskip-v4", "phase": "ppo", "capacity": "low", "args": {}}
+    torch.save({**about, "global_step": 77, "model": agent.state_dict()}, "x.pt")
+    flags = {"env_id": "Breakout-v5", "num_envs": 1, "eval_steps": 1, "seed": 3}
+    flags |= {"eval_only": "x.pt", "eval_greedy": True, "repeat_action_probability": 0.5}
+    module.main(module.Args(**flags))
+    envs = teacher.AtariEnvs("breakout", 1, 0.5, life_loss=False)
+    returns, lengths = teacher.play(agent, envs, 1, 3, True, CPU)
+    (file,) = tmp_path.glob("runs/*/eval.json")
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["x.pt"]
+    result = json.loads(file.read_text())
+    assert (result["returns"], result["lengths"]) == (returns, lengths) and result["ci95"] is None
+    scalars = tensorboard_scalars(file.parent)
+    assert scalars == {"eval/mean": [(77, returns[0])], "eval/std": [(77, 0)]}

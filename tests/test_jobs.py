@@ -1,7 +1,10 @@
 """Sweeps and arrays of jobs: their commands are those of the scripts, and a requeued job goes on."""
 
+import importlib
 import itertools
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -28,6 +31,19 @@ def test_every_command_of_the_sweep_is_understood_and_writes_a_file_of_its_own()
         args = tyro.cli(distill.Args, args=[*words, *flags])
         paths.append(args.save_path.format(**vars(args)))
     assert len(set(paths)) == len(paths) == 16
+
+
+def test_every_command_of_the_readme_is_understood_and_keeps_small_teachers_apart():
+    """A teacher by the default path is what the next scripts find, before the one that ships."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"(?:python|torchrun .*?) ((?:tools/)?\w+)\.py([^`#|\n]*)", text)
+    assert {f"{name}.py" for name, _ in commands} >= set(SCRIPTS)
+    for name, flags in commands:
+        args = tyro.cli(
+            importlib.import_module(name.replace("/", ".")).Args, args=shlex.split(flags)
+        )
+        if name == "ppo_atari_teacher" and args.total_timesteps < 1_000_000:
+            assert args.save_path != teacher.Args.save_path, flags
 
 
 @pytest.fixture

@@ -16,15 +16,12 @@ from ppo_atari_teacher import Agent, sample_actions
 @pytest.mark.parametrize(
     "capacity, weights", [("high", 1_683_456), ("medium", 422_912), ("low", 106_752)]
 )
-def test_body_has_the_weights_of_table_2(capacity, weights):
-    network = Agent(capacity, 6).network
-    assert sum(p.numel() for name, p in network.named_parameters() if "weight" in name) == weights
-
-
-def test_state_dict_has_cleanrls_names():
-    layers = ("network.0", "network.2", "network.4", "network.7", "actor", "critic")
-    names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert set(Agent("low", 4).state_dict()) == names
+def test_weights_are_as_many_as_table_2_says_and_have_cleanrls_names(capacity, weights):
+    found = Agent(capacity, 6).state_dict()
+    body = ("network.0", "network.2", "network.4", "network.7")
+    names = {f"{x}.{part}" for x in (*body, "actor", "critic") for part in ("weight", "bias")}
+    assert found.keys() == names
+    assert sum(found[f"{layer}.weight"].numel() for layer in body) == weights
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -36,15 +33,11 @@ def test_outputs_and_gradients_are_those_of_plain_convolutions(smooth):
     """
     agent = Agent("medium", 9).to(memory_format=torch.channels_last)
     activation = F.softplus if smooth else F.relu
-    if smooth:
-        for i in (1, 3, 5, 8):
-            assert isinstance(agent.network[i], torch.nn.ReLU)
-            agent.network[i] = torch.nn.Softplus()
+    for i in (1, 3, 5, 8) if smooth else ():
+        assert isinstance(agent.network[i], torch.nn.ReLU)
+        agent.network[i] = torch.nn.Softplus()
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
-    w = {
-        name: parameter.detach().contiguous().clone().requires_grad_()
-        for name, parameter in agent.named_parameters()
-    }
+    w = {x: y.detach().contiguous().clone().requires_grad_() for x, y in agent.named_parameters()}
     x = obs.float() / 255
     for layer, stride in ((0, 4), (2, 2), (4, 1)):
         x = F.conv2d(x, w[f"network.{layer}.weight"], w[f"network.{layer}.bias"], stride)
@@ -65,6 +58,8 @@ def test_outputs_and_gradients_are_those_of_plain_convolutions(smooth):
         ((logits * logits_weights).sum() + values @ values_weights).backward()
         for name, parameter in agent.named_parameters():
             torch.testing.assert_close(parameter.grad, w[name].grad, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # the losses need more digits
+        assert {x.dtype for x in agent(obs)} == {torch.float32}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
@@ -72,7 +67,7 @@ def test_memory_of_large_batches_is_kept(tmp_path):
     """A batch of 1024 is 115 MB of floats, 28,000 pages: not to be fetched in every update."""
     code = """
 import resource, torch, ppo_atari_teacher as teacher
-teacher.set_up_torch(1, False, True)
+teacher.set_up_torch(1, False)
 agent = teacher.Agent("low", 6).to(memory_format=torch.channels_last)
 obs = torch.zeros(1024, 4, 84, 84, dtype=torch.uint8)
 faults = []
@@ -82,12 +77,9 @@ for _ in range(8):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(sorted(b - a for a, b in zip(faults, faults[1:]))[3])
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) < 2800  # the median: a heap may still grow once or twice
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    printed = subprocess.check_output([sys.executable, "-c", code], **options)
+    assert int(printed) < 2800  # the median: a heap may still grow once or twice
 
 
 def test_initial_weights_are_orthogonal_with_the_stated_gains():

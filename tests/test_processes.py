@@ -1,189 +1,185 @@
-"""Several processes of torchrun learn what one process learns, and write one file."""
+"""Several processes of torchrun learn together, each from its own samples, and write one file."""
 
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ENVIRONMENT, ROOT, buffer_arrays, run_main, tensorboard_scalars
+from conftest import buffer_arrays, run_main, tensorboard_scalars
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import actor_distill as distill
 import finetune_student as finetune
 import ppo_atari_teacher as teacher
 
-BUFFER = ROOT / "pretrained/PongNoFrameskip-v4/buffer.npz"
-DISTILL = ["--capacity=low", "--eval-steps=0", "--epochs=1", "--batch-size=64", "--loss=kl"]
-# in steps small enough for the order of a sum to stay a matter of rounding
-SGD = ["--optimizer=sgd", "--learning-rate=0.001", "--no-anneal-lr"]
-PPO = ["--capacity=low", "--num-envs=4", "--num-steps=32", "--num-minibatches=1"]
-PPO += ["--update-epochs=2", "--eval-steps=0"]
+PPO = ["--capacity=low", "--num-steps=32", "--num-minibatches=2", "--update-epochs=3"]
+# of five games each of two processes plays two
+PPO += ["--num-envs=5", "--total-timesteps=256", "--max-grad-norm=1e9", "--save-path=x.pt"]
+DISTILL = ["--capacity=low", "--buffer-path=buffer.npz", "--loss=kl", "--save-path=x.pt"]
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """Every test has a current folder of its own, with a buffer and a small student in it."""
     monkeypatch.chdir(tmp_path)
+    np.savez("buffer.npz", **buffer_arrays(400))
+    about = {"phase": "distilled", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
+    model = teacher.Agent("low", 6).state_dict()
+    torch.save({**about, "global_step": 0, "model": model}, "low.pt")
 
 
-def start(module, rank, processes, port, flags):
-    """A process that runs a script as torchrun would start it."""
+def run(module, rank, port, flags, change):
+    """Be one of two processes that torchrun starts, and write down what this one learns from."""
+    names = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    name = "kl_divergence" if module is distill else "ppo_loss"
+    loss, forward = getattr(module, name), module.Agent.forward
+    seen = {"batches": [], "losses": [], "weights": [], "gradients": []}
 
-    def run():
-        names = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ["MASTER_ADDR"] = "localhost"
-        run_main(module, tyro.cli(module.Args, args=flags))
+    def recorded_forward(agent, obs):
+        seen["obs"] = obs
+        return forward(agent, obs)
 
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
+    def recorded_loss(*batch):
+        outcome = loss(*batch)
+        if torch.is_grad_enabled():
+            outcome = change(rank, len(seen["losses"]), outcome)
+            detached = [x.detach() if torch.is_tensor(x) else x for x in batch]
+            seen["batches"].append([seen["obs"], *detached])
+            seen["losses"].append(torch.stack([x.detach() for x in outcome]))
+        return outcome
+
+    def record_update(optimizer, *_):
+        weights = optimizer.param_groups[0]["params"]
+        gradient = [torch.zeros_like(x) if x.grad is None else x.grad for x in weights]
+        seen["weights"].append([x.detach().clone() for x in weights])
+        seen["gradients"].append([x.clone() for x in gradient])
+
+    setattr(module, name, recorded_loss)
+    module.Agent.forward = recorded_forward
+    register_optimizer_step_pre_hook(record_update)
+    run_main(module, tyro.cli(module.Args, args=flags))
+    torch.save(seen, f"seen{rank}")
 
 
-def trained(module, *flags):
-    """What one and two processes save, and what they log."""
+def two_processes(module, *flags, change=lambda rank, number, outcome: outcome):
+    """What each of two processes of a training has learned from."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    kinds = [(0, 1), (0, 2), (1, 2)]
-    runs = [start(module, *x, port, [f"--save-path={x[1]}.pt", *flags]) for x in kinds]
-    for run in runs:
-        run.join(120)
-    assert [run.exitcode for run in runs] == [0, 0, 0]
-    saved = [torch.load(f"{n}.pt", weights_only=True) for n in (1, 2)]
-    assert len(list(Path("runs").iterdir())) == 2, "one log a training, not one a process"
-    return saved, [tensorboard_scalars(f"runs/{x['run_name']}") for x in saved]
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=run, args=(module, rank, port, flags, change)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list(Path("runs").iterdir())) == 1, "one log a training, not one a process"
+    return [torch.load(f"seen{rank}", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.fixture
-def part():
-    """The first 8,000 samples of the shipped buffer, in `part.npz`: observations of some of them."""
-    with np.load(BUFFER) as file:
-        arrays = {name: file[name][:8000] for name in ("action_probs", "values", "episode_index")}
-        arrays |= {"stack_index": np.clip(file["stack_index"][:8000], 0, 8000)}
-        np.savez("part.npz", **arrays, frames=file["frames"][:8001], meta=file["meta"])
-        return torch.from_numpy(file["frames"][arrays["stack_index"][::50]])
+def pictures(batches):
+    """The different observations of some batches."""
+    return {obs.numpy().tobytes() for obs, *_ in batches for obs in obs}
 
 
-def furthest(saved):
-    """The largest difference between two trainings' weights."""
-    one, two = (x["model"] for x in saved)
-    return max((one[name] - two[name]).abs().max().item() for name in one)
+def check(seen, loss_of, updates, names, still=lambda number: 0):
+    """What holds for every training by two processes; returns the checkpoint.
+
+    The gradients are those that one process has on both minibatches by `loss_of`, and 0 for the
+    first `still(number)` weights in update `number`. The means of each `updates` are logged.
+    """
+    agent = teacher.Agent("low", 6)
+    parameters = list(agent.parameters())
+    for number, both in enumerate(zip(*(x["batches"] for x in seen), strict=True)):
+        batch = [torch.cat(x) if torch.is_tensor(x[0]) else x[0] for x in zip(*both, strict=True)]
+        weights, gradients = ([x[name][number] for x in seen] for name in ("weights", "gradients"))
+        for parameter, weight, same in zip(parameters, *weights, strict=True):
+            assert torch.equal(weight, same)
+            parameter.data = weight
+        loss = loss_of(agent, *batch)
+        expected = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for i, (wanted, *found) in enumerate(zip(expected, *gradients, strict=True)):
+            for gradient in found:
+                wanted = wanted * (i >= still(number))
+                torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
+    assert {str(path) for path in Path().glob("x.pt*")} == {"x.pt", "x.pt.lock"}
+    saved = torch.load("x.pt", weights_only=True)
+    scalars = tensorboard_scalars(f"runs/{saved['run_name']}")
+    losses = torch.stack([torch.stack(x["losses"]) for x in seen]).mean(0)
+    for i, part in enumerate(losses.split(updates)):
+        means = part.view(len(part), len(names), -1).mean((0, 2))
+        for name, mean in zip(names, means, strict=True):
+            assert scalars[f"losses/{name}"][i][1] == pytest.approx(mean.item(), rel=1e-4, abs=1e-6)
+    return saved
 
 
-def test_two_processes_distil_as_one(part):
-    saved, logs = trained(distill, "--buffer-path=part.npz", *DISTILL, *SGD)
-    assert furthest(saved) < 1e-3
-    assert saved[0]["global_step"] == saved[1]["global_step"]
-    for name, value in saved[0]["validation"].items():
-        assert saved[1]["validation"][name] == pytest.approx(value, abs=1e-3)
-    for name in ("losses/kl", "losses/value_loss"):
-        (step, one), (same_step, two) = logs[0][name][0], logs[1][name][0]
-        assert step == same_step and two == pytest.approx(one, rel=1e-3)
+def check_ppo(seen, updates, **options):
+    """The same for PPO, whose processes play different games."""
+
+    def loss_of(agent, obs, logits, values, *rollout):
+        policy_loss, value_loss, entropy, *_ = teacher.ppo_loss(*agent(obs), *rollout)
+        return policy_loss - 0.01 * entropy + 0.5 * value_loss
+
+    first, second = (pictures(x["batches"]) for x in seen)
+    assert len(first & second) < len(first) / 2
+    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+    return check(seen, loss_of, updates, names, **options)
 
 
-def test_two_processes_distil_by_adam_to_the_same_policy(part):
-    """Which amplifies what rounding does to small gradients."""
-    flags = ["--value-coef=0.5", "--learning-rate=1e-3", *DISTILL]
-    saved, _ = trained(distill, "--buffer-path=part.npz", *flags)
-    logits = []
-    for x in saved:
-        agent = distill.Agent("low", 6)
-        agent.load_state_dict(x["model"])
-        logits.append(agent(part)[0].detach())
-    assert distill.kl_divergence(logits[0].softmax(-1), logits[1]).mean() < 1e-3
+def resume(module, *flags):
+    """What one process makes of what two have begun."""
+    run_main(module, tyro.cli(module.Args, args=[*flags, "--resume"]))
+    return torch.load("x.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("iterations, limit", [(1, 1e-5), (2, 1e-3)])
-def test_two_processes_play_the_games_of_one_and_update_alike(iterations, limit):
-    """With advantages normalised over both, as those of one half alone have another mean."""
-    flags = ["--env-id=Breakout-v5", f"--total-timesteps={iterations * 128}"]
-    saved, logs = trained(teacher, *flags, *PPO)
-    assert 0 < furthest(saved) < limit
-    torch.testing.assert_close(saved[0]["rng"]["torch"], saved[1]["rng"]["torch"])
-    names = {name for name in logs[0] if name.startswith("losses/")}
-    assert len(names) >= 6
-    for name in names:
-        for one, two in zip(logs[0][name], logs[1][name], strict=True):
-            assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
+def test_two_processes_distil():
+    def loss_of(agent, obs, targets, logits):
+        return distill.kl_divergence(targets, agent(obs)[0]).mean()
+
+    flags = [*DISTILL, "--epochs=2", "--eval-steps=0"]
+    seen = two_processes(distill, *flags)
+    saved = check(seen, loss_of, [5, 5], ["kl"])
+    # an epoch is five batches of 64 of the 380 samples, which the processes share
+    assert saved["global_step"] == 2 * 320
+    for epoch in (slice(5), slice(5, 10)):
+        first, second = (pictures(x["batches"][epoch]) for x in seen)
+        assert not first & second and len(first) == len(second) == 160
+    resumed = resume(distill, *flags, "--epochs=3")
+    assert resumed["global_step"] == 3 * 320 and resumed["run_name"] == saved["run_name"]
 
 
-@pytest.mark.parametrize("steps", [256, 384])
-def test_two_processes_finetune_a_student_whose_critic_warms_up(steps):
-    """In the first 256 steps, which are two updates of the critic in two processes as in one."""
-    agent = distill.Agent("low", 6)
-    about = {"phase": "distilled", "env_id": "PongNoFrameskip-v4", "capacity": "low", "args": {}}
-    torch.save({**about, "model": agent.state_dict(), "teacher": None}, "student.pt")
-    flags = ["--student-path=student.pt", "--critic-warmup-updates=2", f"--total-timesteps={steps}"]
-    saved, _ = trained(finetune, *flags, *PPO)
-    assert saved[0]["global_step"] == saved[1]["global_step"] == steps
-    assert furthest(saved) < 1e-3
-    for x in saved:
-        assert torch.equal(x["model"]["actor.weight"], agent.actor.weight) == (steps == 256)
+def test_two_processes_train_a_teacher():
+    """One alone exceeds --target-kl in the first iteration, where the mean is above it.
+
+    And in the second, where the mean is below it. Process 0 alone plays the evaluation.
+    """
+
+    def change(rank, number, outcome):
+        above = torch.tensor([0.0, 3.0 if number < 2 else 1.5])[rank]
+        return (*outcome[:4], above, outcome[5])
+
+    flags = ["--target-kl=1", "--eval-steps=1", "--env-id=Breakout-v5"]
+    saved = check_ppo(two_processes(teacher, *PPO, *flags, change=change), [2, 6])
+    assert saved["global_step"] == 256 and saved["evaluation"]["steps"] > 0
 
 
-def test_one_process_goes_on_where_two_were_ended():
-    """By the death of one of them, and by a signal to torchrun."""
-    np.savez("buffer.npz", **buffer_arrays(4000))
-    script = [str(ROOT / "actor_distill.py"), "--buffer-path=buffer.npz", *DISTILL, *SGD]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-
-    def last_epoch(path):
-        return torch.load(path, weights_only=True)["last_epoch"] if Path(path).exists() else 0
-
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        before = last_epoch("x.pt")
-        flags = ["--save-path=x.pt", "--epochs=1000", "--resume"]
-        with open("log", "w") as log:
-            command = [sys.executable, *torchrun, *script, *flags]
-            run = subprocess.Popen(command, env=ENVIRONMENT, stderr=log)
-        deadline = time.monotonic() + 100
-        try:
-            while last_epoch("x.pt") == before:
-                assert time.monotonic() < deadline and run.poll() is None, Path("log").read_text()
-                time.sleep(0.2)
-            victim = run.pid
-            if number == signal.SIGKILL:
-                found = subprocess.run(
-                    ["pgrep", "-P", str(run.pid)], capture_output=True, check=True
-                )
-                victim = int(found.stdout.split()[-1])
-            os.kill(victim, number)
-            assert run.wait(timeout=60) != 0
-        finally:
-            run.kill()
-    held = last_epoch("x.pt")
-    assert held > before
-    for path in ("x.pt", "whole.pt"):
-        flags = [f"--save-path={path}", f"--epochs={held + 2}", "--resume"]
-        run_main(distill, tyro.cli(distill.Args, args=[*script[1:], *flags]))
-    saved = [torch.load(path, weights_only=True) for path in ("x.pt", "whole.pt")]
-    assert saved[0]["last_epoch"] == saved[1]["last_epoch"] == held + 2
-    assert furthest(saved) < 1e-3
+def test_two_processes_finetune_a_student_whose_critic_warms_up():
+    """In the first of two iterations."""
+    flags = [*PPO, "--student-path=low.pt", "--critic-warmup-updates=1", "--eval-steps=0"]
+    seen = two_processes(finetune, *flags)
+    saved = check_ppo(seen, [6, 6], still=lambda number: 10 if number < 6 else 0)
+    student = torch.load("low.pt", weights_only=True)["model"]
+    assert torch.equal(seen[0]["weights"][6][8], student["actor.weight"])
+    resumed = resume(finetune, *flags, "--num-envs=4", "--total-timesteps=384")
+    assert [saved["global_step"], resumed["global_step"]] == [256, 384]
 
 
-@pytest.mark.parametrize(
-    "module, flags, message",
-    [
-        (teacher, {"num_envs": 3}, "--num-envs must be a multiple of 2"),
-        (
-            teacher,
-            {"num_envs": 2, "num_minibatches": 3, "num_steps": 128},
-            "--num-minibatches must divide 128, a process's steps",
-        ),
-        (distill, {"batch_size": 63}, "--batch-size 63 must be a multiple of the 2"),
-    ],
-)
-def test_what_does_not_divide_is_refused(module, flags, message, monkeypatch):
-    monkeypatch.setattr(module, "set_up_torch", lambda *_: (torch.device("cpu"), 0, 2))
-    if module is distill:
-        flags["buffer_path"] = str(BUFFER)
-    with pytest.raises(SystemExit, match=message):
-        run_main(module, module.Args(**flags))
-    assert not Path("checkpoints").exists() or not list(Path("checkpoints").glob("*/*.pt"))
+@pytest.mark.parametrize("module", [teacher, distill, finetune])
+def test_of_two_processes_one_evaluates(module):
+    two_processes(module, "--eval-only=low.pt", "--eval-steps=1", "--num-envs=1", "--eval-greedy")

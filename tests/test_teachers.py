@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import zipfile
 
@@ -15,71 +16,34 @@ from torch import nn
 
 import actor_distill as distill
 import collect_buffer as collect
-import finetune_student as finetune
 
 GAME, ACTIONS = "BreakoutNoFrameskip-v4", 4
-BYTES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+FOUR, ONE = (gym.spaces.Box(0, 255, (frames, 84, 84), np.uint8) for frames in (4, 1))
 
 
-def convolutions(c1, c2, c3, hidden):
-    """What all of these agents begin with."""
-    return [
-        nn.Conv2d(4, c1, 8, 4),
-        nn.ReLU(),
-        nn.Conv2d(c1, c2, 4, 2),
-        nn.ReLU(),
-        nn.Conv2d(c2, c3, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(c3 * 49, hidden),
-        nn.ReLU(),
+def modules(c1, c2, c3, hidden):
+    """What the agents of CleanRL and Kostrikov consist of: body, policy or Q-values, value."""
+    body = [
+        *(nn.Conv2d(4, c1, 8, 4), nn.ReLU()),
+        *(nn.Conv2d(c1, c2, 4, 2), nn.ReLU()),
+        *(nn.Conv2d(c2, c3, 3), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(c3 * 49, hidden), nn.ReLU()),
     ]
+    actor = nn.Linear(hidden, ACTIONS)
+    actor.weight.data *= 10  # outputs that depend on the screen
+    return nn.Sequential(*body), actor, nn.Linear(hidden, 1)
 
 
-class CleanRLPPO(nn.Module):
-    """The layers of CleanRL's `ppo_atari.py` under their names."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = nn.Sequential(*convolutions(4, 6, 8, 24))
-        self.actor, self.critic = nn.Linear(24, ACTIONS), nn.Linear(24, 1)
-
-    def forward(self, obs):
-        hidden = self.network(obs / 255.0)
-        return self.actor(hidden), self.critic(hidden)[:, 0]
-
-
-class CleanRLDQN(nn.Module):
-    """The layers of CleanRL's `dqn_atari.py` under their names."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = nn.Sequential(*convolutions(4, 6, 8, 24), nn.Linear(24, ACTIONS))
-
-    def forward(self, obs):
-        q_values = self.network(obs / 255.0)
-        return q_values, q_values.amax(-1)
-
-
-class Kostrikov(nn.Module):
-    """The layers of pytorch-a2c-ppo-acktr-gail under their names."""
-
-    def __init__(self):
-        super().__init__()
-        self.base, self.dist = nn.Module(), nn.Module()
-        self.base.main = nn.Sequential(*convolutions(32, 64, 32, 512))
-        self.base.critic_linear = nn.Linear(512, 1)
-        self.dist.linear = nn.Linear(512, ACTIONS)
-
-    def forward(self, obs):
-        hidden = self.base.main(obs / 255.0)
-        return self.dist.linear(hidden), self.base.critic_linear(hidden)[:, 0]
+def state_dict(modules, *names):
+    """The weights of modules under the names that a library gives them."""
+    named = zip(names, modules, strict=False)  # Q-networks have no value
+    return {f"{name}.{x}": w for name, module in named for x, w in module.state_dict().items()}
 
 
 class Screen(gym.Env):
     """Noise to look at, for models of Stable-Baselines3."""
 
-    def __init__(self, observation=BYTES, num_actions=ACTIONS):
+    def __init__(self, observation=FOUR, num_actions=ACTIONS):
         self.observation_space = observation
         self.action_space = gym.spaces.Discrete(num_actions)
 
@@ -91,14 +55,10 @@ def sb3_ppo(policy="CnnPolicy", screen=None, **policy_kwargs):
     return PPO(policy, screen or Screen(), n_steps=8, batch_size=8, policy_kwargs=policy_kwargs)
 
 
-def prefixed(prefix, model):
-    return {prefix + name: x for name, x in model.state_dict().items()}
-
-
 @pytest.fixture(scope="module")
 def obs():
     """Real ones of Breakout under random actions, uint8 [64, 4, 84, 84]."""
-    envs = collect.AtariEnvs("breakout", 2, False, 0.0)
+    envs = collect.AtariEnvs("breakout", 2, 0.0, life_loss=False)
     envs.reset(seed=np.array([1, 2]))
     actions = np.random.default_rng(0).integers(0, ACTIONS, (32, 2))
     return torch.from_numpy(np.concatenate([envs.step(action)[0] for action in actions]))
@@ -109,27 +69,29 @@ def teachers(tmp_path_factory, obs):
     """By name: a file, and what its own library computes, outputs and values."""
     folder, found = tmp_path_factory.mktemp("teachers"), {}
     torch.manual_seed(0)
-    ppo, dqn, kostrikov = CleanRLPPO(), CleanRLDQN(), Kostrikov()
-    with torch.no_grad():  # outputs that depend on the screen
-        for layer in (ppo.actor, dqn.network[9], kostrikov.dist.linear):
-            layer.weight.mul_(10)
-    half = CleanRLPPO().half()
-    for name, model, weights in (
-        ("cleanrl_ppo", ppo, ppo.state_dict()),
-        ("cleanrl_dqn", dqn, dqn.state_dict()),
-        ("kostrikov", kostrikov, kostrikov.state_dict()),
-        ("data_parallel", ppo, prefixed("module.", ppo)),
-        ("compiled", ppo, prefixed("_orig_mod.", ppo)),
-        ("both", dqn, prefixed("module._orig_mod.", dqn)),
-        ("half", half, half.state_dict()),
+    ppo, dqn, rounded = (modules(4, 6, 8, 24) for _ in range(3))
+    rounded = [module.half().float() for module in rounded]
+    kostrikov = modules(32, 64, 32, 512)
+    cleanrl = ("network", "actor", "critic")
+    ppo_weights, dqn_weights = state_dict(ppo, *cleanrl), state_dict(dqn, "network", "network.9")
+    half = {name: x.half() for name, x in state_dict(rounded, *cleanrl).items()}
+    old = state_dict(kostrikov, "base.main", "dist.linear", "base.critic_linear")
+    for name, (body, actor, critic), weights in (
+        ("cleanrl_ppo", ppo, ppo_weights),
+        ("cleanrl_dqn", dqn, dqn_weights),
+        ("kostrikov", kostrikov, old),
+        ("kostrikov_legacy", kostrikov, old),
+        ("data_parallel", ppo, {f"module.{x}": ppo_weights[x] for x in ppo_weights}),
+        ("compiled", ppo, {f"_orig_mod.{x}": ppo_weights[x] for x in ppo_weights}),
+        ("both", dqn, {f"module._orig_mod.{x}": dqn_weights[x] for x in dqn_weights}),
+        ("half", rounded, half),
     ):
-        torch.save(weights, folder / name)  # no suffix: the content tells
+        path, legacy = folder / name, name == "kostrikov_legacy"  # as of torch before 1.6
+        torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+        assert zipfile.is_zipfile(path) != legacy
         with torch.no_grad():
-            found[name] = folder / name, *model.float()(obs.float())
-    legacy = folder / "kostrikov_legacy"
-    torch.save(kostrikov.state_dict(), legacy, _use_new_zipfile_serialization=False)
-    assert not zipfile.is_zipfile(legacy)
-    found["kostrikov_legacy"] = legacy, *found["kostrikov"][1:]
+            hidden = body(obs / 255.0)
+            found[name] = path, actor(hidden), critic(hidden)[:, 0]
 
     small = {"features_extractor_kwargs": {"features_dim": 96}}
     ppo = sb3_ppo(**small)
@@ -175,11 +137,14 @@ def test_outputs_are_those_of_the_teachers_own_library(name, kind, capacity, tea
 
 
 def test_a_q_network_goes_through_the_chain(teachers, tmp_path, monkeypatch, capsys):
-    """Evaluated first, as its file holds no evaluation; its students have a share of that."""
+    """Evaluated first, as its file holds no evaluation; a greedy student is compared with that."""
     monkeypatch.chdir(tmp_path)
-    # its best action may keep a ball in play for ever
-    defaults = collect.AtariVectorEnv.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "max_num_frames_per_episode", 800)
+    make = collect.AtariVectorEnv.__init__
+
+    def make_shorter(games, *args, **options):  # the best action may keep a ball in play for ever
+        make(games, *args, **options | {"max_num_frames_per_episode": 800})
+
+    monkeypatch.setattr(collect.AtariVectorEnv, "__init__", make_shorter)
     path = teachers["sb3_dqn"][0]
     small = {"env_id": GAME, "num_envs": 2, "eval_steps": 20, "cuda": False}
     recorded = {"teacher_path": str(path), "buffer_path": "buffer.npz", "num_samples": 400}
@@ -200,34 +165,30 @@ def test_a_q_network_goes_through_the_chain(teachers, tmp_path, monkeypatch, cap
     assert meta["teacher"]["evaluation"] == played and played["greedy"] is True
 
     student = {"buffer_path": "buffer.npz", "capacity": "low", "epochs": 1}
-    for loss in ("kl", "mse"):
-        args = distill.Args(**small, **student, loss=loss, save_path=f"{loss}.pt")
-        run_main(distill, args)
+    for loss, compared in (("kl", "not compared"), ("mse", f"teacher's {played['mean']:.2f}")):
+        run_main(distill, distill.Args(**small, **student, loss=loss, save_path=f"{loss}.pt"))
         saved = torch.load(f"{loss}.pt", weights_only=True)
         assert f"validation/{loss}" in saved["validation"]
         assert saved["evaluation"]["greedy"] is (loss == "mse")
-        assert f"its teacher's {played['mean']:.2f}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="mse.pt: has Q-values and no policy"):
-        tiny = {"num_steps": 2, "num_minibatches": 1, "total_timesteps": 4}
-        run_main(finetune, finetune.Args(**small, **tiny, student_path="mse.pt"))
+        assert compared in capsys.readouterr().out.splitlines()[-1]
+    assert saved["args"]["loss"] == "mse"  # by which fine-tuning refuses it
 
 
 def test_a_buffer_without_an_evaluation(teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    small = {"num_envs": 2, "num_samples": 4, "eval_steps": 0, "buffer_path": "x.npz"}
     path = str(teachers["kostrikov"][0])
-    small = {"num_envs": 2, "num_samples": 4, "eval_steps": 0, "buffer_path": "{num_samples}.npz"}
     run_main(collect, collect.Args(env_id=GAME, teacher_path=path, **small))
-    with np.load("4.npz") as buffer:
-        assert json.loads(str(buffer["meta"]))["teacher"]["evaluation"] is None
+    *_, meta = distill.load_buffer("x.npz", GAME)
+    assert meta["teacher"]["evaluation"] is None
 
 
 def refusal(path):
     """The one line with which a file is refused."""
     with pytest.raises(SystemExit) as error:
         collect.load_teacher(path, GAME, ACTIONS)
-    message = str(error.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
-    return message
+    assert re.fullmatch(f"{path}: .*", error.value.code)
+    return error.value.code
 
 
 @pytest.mark.parametrize(
@@ -237,12 +198,7 @@ def refusal(path):
         ("CnnPolicy", Screen(), {"net_arch": [64]}, "mlp_extractor.policy_net.0"),
         ("CnnPolicy", Screen(), {"share_features_extractor": False}, "vf_features_extractor.cnn.0"),
         ("CnnPolicy", Screen(num_actions=6), {}, r"actor.weight: .*\[6, 512\].*\[4, 512\]"),
-        (
-            "CnnPolicy",
-            Screen(gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)),
-            {},
-            r"network.0.weight: .*\[32, 1, 8, 8\].*\[32, 4, 8, 8\]",
-        ),
+        ("CnnPolicy", Screen(ONE), {}, r"network.0.weight: .*\[32, 1, 8, 8\].*\[32, 4, 8, 8"),
     ],
     ids=["mlp", "extra layers", "separate value", "other actions", "one frame"],
 )
@@ -253,38 +209,24 @@ def test_other_policies_of_stable_baselines3_are_refused(
     assert re.search(cause, refusal(tmp_path / "model.zip"))
 
 
+def test_other_files_are_refused_with_their_cause(teachers, tmp_path):
+    """Those of any origin, damaged ones among them, are in `test_files.py`."""
+    path = tmp_path / "teacher.pt"
+    flipped = bytearray(teachers["sb3_dqn"][0].read_bytes())
+    flipped[flipped.index(b"policy.pth") + 100_000] ^= 1
+    path.write_bytes(flipped)
+    assert "damaged: a checksum is wrong" in refusal(path)
+    weights = torch.load(teachers["cleanrl_ppo"][0])
+    torch.save(weights | {"lstm.weight_ih_l0": torch.zeros(4, 24)}, path)
+    assert "its layers are actor, critic, lstm, network.0" in refusal(path)
+    del weights["network.7.bias"]
+    torch.save(weights, path)
+    assert "network.7.bias" in refusal(path)
+
+
 class Trap:
     def __reduce__(self):
-        return (open, ("executed", "w"))
-
-
-def test_other_files_are_refused_with_their_cause(teachers, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good = teachers["sb3_dqn"][0].read_bytes()
-    flipped = bytearray(good)
-    flipped[good.index(b"policy.pth") + 100_000] ^= 1
-    weights = CleanRLPPO().state_dict()
-    recurrent = weights | {"lstm.weight_ih_l0": torch.zeros(4, 24)}
-    missing = {name: x for name, x in weights.items() if name != "network.7.bias"}
-    other_game = {"env_id": "PongNoFrameskip-v4", "model": weights}
-    for cause, content in (
-        ("damaged", b"garbage"),
-        ("damaged: a checksum is wrong", bytes(flipped)),
-        ("corrupted", good[: len(good) // 2]),
-        ("pickled module instead of plain tensors", CleanRLPPO()),
-        ("pickled module instead of plain tensors", {"x": Trap()}),
-        ("its layers are actor, critic, lstm, network.0", recurrent),
-        ("network.7.bias", missing),
-        ("plays PongNoFrameskip-v4; pass that --env-id", other_game),
-    ):
-        if isinstance(content, bytes):
-            (tmp_path / "teacher.pt").write_bytes(content)
-        else:
-            torch.save(content, "teacher.pt")
-        assert cause in refusal("teacher.pt")
-    assert not (tmp_path / "executed").exists()
-    assert "Is a directory" in refusal(tmp_path)
-    assert "No such file" in refusal(tmp_path / "missing.pt")
+        return os.mkdir, ("executed",)
 
 
 def test_the_pickled_rest_of_a_zip_is_never_read(teachers, tmp_path, monkeypatch):
