@@ -49,7 +49,7 @@ def until(seconds, work):
 
 
 def training(kind, capacity, batch_size, buffer, device):
-    """A function that gathers a batch and does one `ppo_update` or `distill_update` with it."""
+    """A function that gathers a batch and takes one optimiser step of PPO or of distillation."""
     agent, optimizer = speed.agent_and_optimizer(capacity, device)
     frames, stack_index, probs, values = buffer
     actions, logprobs = probs.argmax(-1), probs.clamp_min(1e-6).log().amax(-1)
@@ -65,13 +65,20 @@ def training(kind, capacity, batch_size, buffer, device):
         rows = next(batches)
         stacks = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
         obs = torch.stack(stacks, -1).permute(0, 3, 1, 2)
+        logits, found = agent(obs)
         if kind == "ppo":
             batch = [x[rows] for x in (actions, logprobs, values, values, values)]
-            update = (teacher.minibatch_loss, obs, batch, (0.1, True, 0.01, 0.5), 0.5)
-            teacher.ppo_update(agent, optimizer, *update)
+            policy_loss, value_loss, entropy, *_ = teacher.ppo_loss(
+                logits, found, *batch, 0.1, True
+            )
+            loss = policy_loss - 0.01 * entropy + 0.5 * value_loss
         else:
-            update = (distill.batch_loss, obs, probs[rows], values[rows], 0.0)
-            distill.distill_update(agent, optimizer, *update)
+            loss = distill.kl_divergence(probs[rows], logits).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if kind == "ppo":
+            torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return batch_size
@@ -83,7 +90,7 @@ def training(kind, capacity, batch_size, buffer, device):
 
 def main(args):
     started = time.time()
-    device, *_ = teacher.set_up_torch(1, args.cuda, True)
+    device = teacher.set_up_torch(1, args.cuda)
     with np.load(args.buffer_path) as arrays:
         names = ("frames", "stack_index", "action_probs", "values")
         buffer = [torch.from_numpy(arrays[name]).to(device) for name in names]

@@ -116,7 +116,7 @@ def measure(args, before):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     env_id, rom = collect.resolve_game(args.env_id)
-    actions = len(collect.AtariEnvs(rom, 1, False, 0.0).action_meanings)
+    actions = len(collect.AtariEnvs(rom, 1, 0.0, life_loss=False).action_meanings)
     agents = [collect.load_teacher(path, env_id, actions) for path in args.checkpoints]
     teacher = agents[0][1]
     obs = export_onnx.real_observations(teacher, rom, None, env_id, 2500, args.seed)
@@ -135,7 +135,7 @@ def measure(args, before):
             row["kl_own"], row["same_own"] = compare(policy, obs, agent)
             row["kl_teacher"], row["same_teacher"] = compare(policy, obs, teacher)
             if args.eval_steps and name in args.play:
-                envs = collect.AtariEnvs(rom, 16, False, 0.0)
+                envs = collect.AtariEnvs(rom, 16, 0.0, life_loss=False)
                 device = torch.device("cpu")
                 returns, _ = collect.play(policy, envs, args.eval_steps, args.seed, False, device)
                 row["score"] = collect.summarize(returns)

@@ -209,8 +209,10 @@ def fit(setting, capacity, arrays, seed, seconds=0.0, seen=0):
             optimizer.param_groups[0]["lr"] = setting.learning_rate * share_of_rate(setting, done)
             obs, *others = get_batch(batch)
             obs = shifted(obs, setting.shift) if setting.shift else obs
-            batch_loss = distill.batch_loss
-            distill.distill_update(agent, optimizer, batch_loss, obs, *others, 0.0, divergence)
+            loss = divergence(others[0], agent(obs)[0]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             count, step = count + len(batch), step + 1
             if setting.average:
                 decay = min(setting.average, (1 + step) / (10 + step))
@@ -227,8 +229,8 @@ def compare(agent, arrays, rows):
     """How far a student is from its teacher on up to 20,000 of these samples, by name."""
     drawn = np.random.default_rng(0).choice(rows, min(20_000, len(rows)), replace=False)
     drawn, get_batch = torch.from_numpy(drawn).to(arrays[1].device), batches_of(*arrays)
-    found = distill.validate(agent, get_batch, drawn)
-    found |= distill.validate(agent, get_batch, drawn, "reverse_kl", distill.reverse_kl)
+    divergences = {"kl": distill.kl_divergence, "reverse_kl": distill.reverse_kl}
+    found = distill.validate(agent, get_batch, drawn, divergences)
     names = ("kl", "reverse_kl", "agreement", "entropy_gap")
     return {name: found[f"validation/{name}"] for name in names}
 
@@ -276,7 +278,7 @@ def overview(folder):
 
 def main(args):
     args.env_id, rom = distill.resolve_game(args.env_id)
-    device, *_ = distill.set_up_torch(1, args.cuda, True)
+    device = distill.set_up_torch(1, args.cuda)
     settings = [parse(text) for text in args.settings]
     arrays = load(args.buffer_paths, args.env_id, device)
     fresh = load((args.fresh_path,), args.env_id, device)
@@ -298,7 +300,7 @@ def main(args):
                 found = compare(agent, data, those)
                 about |= {f"{name}/{key}": value for key, value in found.items()}
             if args.eval_steps:
-                envs = distill.AtariEnvs(rom, 16, False, 0.0)
+                envs = distill.AtariEnvs(rom, 16, 0.0, life_loss=False)
                 returns, _ = distill.play(agent, envs, args.eval_steps, seed, False, device)
                 about |= distill.summarize(returns)
             if args.checkpoints:

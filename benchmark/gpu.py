@@ -98,10 +98,10 @@ def measured(script, flags):
 
 def recorded(games, samples):
     """Steps a second of `collect`; the file, whose compression is a matter of the CPU, is left out."""
-    device, *_ = collect.set_up_torch(1, True, True)
+    device = collect.set_up_torch(1, True)
     _, agent = teacher.load_checkpoint(str(POLICY), GAME, "")
     agent = agent.to(device, memory_format=torch.channels_last)
-    envs = collect.AtariEnvs("pong", games, False, 0.0)
+    envs = collect.AtariEnvs("pong", games, 0.0, life_loss=False)
     start = time.time()
     collect.collect(agent, envs, samples, 1, False, None, device)
     return samples / (time.time() - start)

@@ -86,7 +86,7 @@ class VectorGames(VecEnv):
     """The scripts' games behind Stable-Baselines3's interface, with rewards clipped to their sign."""
 
     def __init__(self, rom, num_envs, seed):
-        self.games = AtariEnvs(rom, num_envs, False, 0.0)
+        self.games = AtariEnvs(rom, num_envs, 0.0, life_loss=False)
         self.first_seeds = game_seeds(num_envs, seed, 1)
         self.render_mode = None
         spaces = (self.games.single_observation_space, self.games.single_action_space)

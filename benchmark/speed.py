@@ -58,6 +58,8 @@ class Args:
     """samples in a minibatch of the PPO update and in a batch of the distillation"""
     compile: bool = False
     """compile network and loss; the floors stay as they are"""
+    bf16: bool = False
+    """let networks in training compute in bfloat16; the floors stay as they are"""
     processes: int = 1
     """more than 1: compare so many processes with one process of so many threads, on a CPU"""
     cleanrl: str | None = None
@@ -80,6 +82,7 @@ class Turns:
     def __init__(self, floors):
         self.floors, self.since = floors, None
         self.spent, self.done = {}, {}
+        self.on_floor = False
 
     def lap(self, name, amount, *floors):
         """Since the last lap `name` did `amount` of work; now let each of `floors` do some."""
@@ -89,7 +92,10 @@ class Turns:
             self.done[name] = self.done.get(name, 0) + amount
         self.since = now
         for floor in floors:
-            self.lap(floor, self.floors[floor]())
+            self.on_floor = True
+            amount = self.floors[floor]()
+            self.on_floor = False
+            self.lap(floor, amount)
 
     def forget(self):
         """What was measured until now was warm-up."""
@@ -108,7 +114,7 @@ def agent_and_optimizer(capacity, device="cpu"):
 
 def environment_alone(num_envs):
     """Step the games with random actions: a function that returns the steps it made."""
-    envs = teacher.AtariEnvs(ROM, num_envs, False, 0.0)
+    envs = teacher.AtariEnvs(ROM, num_envs, 0.0, life_loss=False)
     envs.reset(seed=teacher.game_seeds(num_envs, 1, 1))
     actions = np.random.default_rng(0).integers(0, NUM_ACTIONS, (16, num_envs))
 
@@ -163,6 +169,20 @@ def quiet_folder():
         yield
 
 
+@contextlib.contextmanager
+def after_updates(turns, function):
+    """Call a function with their number after the optimiser steps that no floor makes."""
+    numbers = itertools.count(1)
+
+    def hook(*_):
+        if not turns.on_floor:
+            function(next(numbers))
+
+    handle = torch.optim.optimizer.register_optimizer_step_post_hook(hook)
+    yield
+    handle.remove()
+
+
 def watched(envs, after_step):
     """The same games, which call a function after each step with the number of steps until then."""
     step, rounds = envs.step, itertools.count(1)
@@ -184,19 +204,17 @@ def ppo_script(
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
     update from there to its last optimiser step. `floors` are those of the rollout.
     """
-    plain_gae, plain_update, plain_envs = teacher.gae, teacher.ppo_update, teacher.AtariEnvs
-    size, updates = num_envs * 128 // num_minibatches, itertools.count(1)
+    plain_gae, plain_envs = teacher.gae, teacher.AtariEnvs
+    size = num_envs * 128 // num_minibatches
 
     def gae(*batch):
         turns.lap("rollout", 0)
         return plain_gae(*batch)
 
-    def ppo_update(*batch):
-        statistics, count = plain_update(*batch), next(updates)
+    def after_update(count):
         turns.lap("update", size, *update_floors)
         if count == epochs * num_minibatches:
             turns.forget()
-        return statistics
 
     def after_step(rounds):
         turns.lap("rollout", num_envs, *(floors if rounds % 16 == 0 else ()))
@@ -206,7 +224,8 @@ def ppo_script(
 
     with (
         quiet_folder(),
-        mock.patch.multiple(teacher, gae=gae, ppo_update=ppo_update, AtariEnvs=envs),
+        after_updates(turns, after_update),
+        mock.patch.multiple(teacher, gae=gae, AtariEnvs=envs),
     ):
         flags = teacher.Args(
             num_envs=num_envs,
@@ -217,6 +236,7 @@ def ppo_script(
             eval_steps=0,
             cuda=False,
             compile=args.compile,
+            bf16=args.bf16,
         )
         teacher.main(flags)
 
@@ -262,7 +282,7 @@ def playing(phase, capacity, num_envs, steps, turns=None, floors=(), device="cpu
         if rounds * num_envs >= steps:
             raise Enough
 
-    envs = watched(teacher.AtariEnvs(ROM, num_envs, False, 0.0), after_step)
+    envs = watched(teacher.AtariEnvs(ROM, num_envs, 0.0, life_loss=False), after_step)
     with quiet_folder(), contextlib.suppress(Enough):
         if phase == "collection":
             collect.collect(agent, envs, 2 * steps, 1, False, None, device)
@@ -273,22 +293,15 @@ def playing(phase, capacity, num_envs, steps, turns=None, floors=(), device="cpu
 
 def distillation(capacity, batches, args, turns, floors):
     """The loop of `actor_distill.py`'s own `main`, cut short, in laps; a quarter is warm-up."""
-    plain, calls = distill.distill_update, itertools.count(1)
 
-    def distill_update(*batch):
-        sums, count = plain(*batch), next(calls)
+    def after_update(count):
         turns.lap("distillation", args.batch_size, *floors)
         if count == batches // 4:
             turns.forget()
         if count == batches:
             raise Enough
-        return sums
 
-    with (
-        quiet_folder(),
-        contextlib.suppress(Enough),
-        mock.patch.object(distill, "distill_update", distill_update),
-    ):
+    with quiet_folder(), contextlib.suppress(Enough), after_updates(turns, after_update):
         flags = distill.Args(
             capacity=capacity,
             batch_size=args.batch_size,
@@ -297,6 +310,7 @@ def distillation(capacity, batches, args, turns, floors):
             buffer_path=args.buffer_path,
             cuda=False,
             compile=args.compile,
+            bf16=args.bf16,
         )
         distill.main(flags)
 
@@ -435,7 +449,7 @@ def main(args):
     if args.processes > 1:
         return several_processes(args)
     started = time.time()
-    teacher.set_up_torch(1, False, True)
+    teacher.set_up_torch(1, False)
     floors = {
         "env": environment_alone(args.num_envs),
         "forward": forward_alone("high", args.num_envs),

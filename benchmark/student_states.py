@@ -41,8 +41,8 @@ class Args:
 
 def main(args):
     args.env_id, rom = collection.resolve_game(args.env_id)
-    device, *_ = collection.set_up_torch(args.seed, True, True)
-    envs = collection.AtariEnvs(rom, args.num_envs, False, 0.0)
+    device = collection.set_up_torch(args.seed, True)
+    envs = collection.AtariEnvs(rom, args.num_envs, 0.0, life_loss=False)
     actions = envs.action_meanings
     about, teacher = collection.load_teacher(args.teacher_path, args.env_id, len(actions))
     _, student = distill.load_checkpoint(args.student_path, args.env_id, "name another student")

@@ -52,6 +52,8 @@ class Args:
     """gymnasium id of the game"""
     path: str | None = None
     """file to write; by default beside the checkpoint, ending in `.onnx` or `.int8.onnx`"""
+    overwrite: bool = False
+    """replace `path` if it exists"""
     int8: bool = False
     """quantise weights and activations to 8 bits"""
     buffer_path: str | None = None
@@ -85,14 +87,15 @@ class Exported(nn.Module):
         return (first, logits, values) if self.all_outputs else (first,)
 
 
-def real_observations(agent, rom, buffer_path, env_id, samples, seed):
-    """Observations uint8 [samples, 4, 84, 84] of a buffer, or of games that the policy plays."""
+def real_observations(agent, rom, buffer_path, env_id, samples, seed, q_values=False):
+    """Observations uint8 [samples, 4, 84, 84] of a buffer, or of games that the agent plays."""
     if buffer_path:
         frames, stack_index, *_ = actor_distill.load_buffer(buffer_path, env_id)
     else:
-        envs = collect_buffer.AtariEnvs(rom, 16, False, 0.0)
+        envs = collect_buffer.AtariEnvs(rom, 16, 0.0, life_loss=False)
+        epsilon = collect_buffer.Args.epsilon if q_values else None
         device = torch.device("cpu")
-        played = collect_buffer.collect(agent, envs, 8 * samples, seed, False, None, device)
+        played = collect_buffer.collect(agent, envs, 8 * samples, seed, False, epsilon, device)
         envs.close()
         frames, stack_index = played["frames"], played["stack_index"]
     rows = np.random.default_rng(seed).permutation(len(stack_index))[:samples]
@@ -149,13 +152,14 @@ class Session:
 
 def main(args):
     env_id, rom = collect_buffer.resolve_game(args.env_id)
-    action_meanings = collect_buffer.AtariEnvs(rom, 1, False, 0.0).action_meanings
+    action_meanings = collect_buffer.AtariEnvs(rom, 1, 0.0, life_loss=False).action_meanings
     about, agent = collect_buffer.load_teacher(args.checkpoint, env_id, len(action_meanings))
     q_values = about["args"].get("loss") == "mse"
     model = Exported(agent, q_values, args.all_outputs).eval()
-    obs = real_observations(agent, rom, args.buffer_path, env_id, args.samples, args.seed)
     suffix = ".int8.onnx" if args.int8 else ".onnx"
     path = args.path or str(Path(args.checkpoint).with_suffix(suffix))
+    collect_buffer.lock_output(path, args.overwrite)
+    obs = real_observations(agent, rom, args.buffer_path, env_id, args.samples, args.seed, q_values)
     with tempfile.TemporaryDirectory() as folder:
         written = f"{folder}/float.onnx"
         export(model, written)
@@ -189,14 +193,11 @@ def main(args):
     )
     if difference > 1e-5 * max(1.0, ours.abs().max().item()) and not args.int8:
         sys.exit(f"{path}: not written, since the exported model differs from the checkpoint")
-    try:
-        Path(f"{path}.tmp").write_bytes(contents)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        sys.exit(f"{path}: cannot be written ({error}); pass another --path")
+    Path(f"{path}.tmp").write_bytes(contents)
+    os.replace(f"{path}.tmp", path)
     print(f"wrote       {path}, {len(contents) / 1e6:.2f} MB")
     if args.eval:
-        envs = collect_buffer.AtariEnvs(rom, args.num_envs, False, 0.0)
+        envs = collect_buffer.AtariEnvs(rom, args.num_envs, 0.0, life_loss=False)
         device = torch.device("cpu")
         returns, lengths = collect_buffer.play(
             session, envs, args.eval_steps, args.seed, q_values, device

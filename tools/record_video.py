@@ -41,6 +41,8 @@ class Args:
     """gymnasium id of the game"""
     path: str = "video.gif"
     """file to write, `.gif` or `.mp4`"""
+    overwrite: bool = False
+    """replace `path` if it exists"""
     seconds: float = 30
     """length of the video, which plays as fast as the console did"""
     skip: float = 0
@@ -50,7 +52,7 @@ class Args:
     seed: int = 1
     """seed of the game and of the sampled actions"""
     greedy: bool = False
-    """take the most probable action instead of sampling from the policy"""
+    """take a policy's most probable action instead of sampling; Q-values always play their best"""
 
 
 class ColorTwin:
@@ -79,7 +81,8 @@ class ColorTwin:
 
     def step(self, actions):
         """Both play `actions`, or FIRE where it is forced: what each `step` returns, two tuples."""
-        actions = np.where(self.envs.forced, self.envs.fire, actions)
+        if self.envs.forced.any():
+            actions = np.where(self.envs.forced, self.envs.fire, actions)
         colored = self.colored.step(actions)
         self.picture = colored[0][:, 0]
         return self.envs.step(actions), colored
@@ -89,9 +92,10 @@ class ColorTwin:
 def record(agents, rom, steps, skip, seed, greedy):
     """Yield a picture of each game, uint8 [N, 210, 160, 3], and the scores, float [N], each step.
 
-    A game that is over stays as it ended; the recording ends with the last game.
+    `greedy` holds a bool for each agent: play the best action, or sample. A game that is over stays
+    as it ended; the recording ends with the last game.
     """
-    twin = ColorTwin(rom, collect_buffer.AtariEnvs(rom, len(agents), False, 0.0))
+    twin = ColorTwin(rom, collect_buffer.AtariEnvs(rom, len(agents), 0.0, life_loss=False))
     generator = torch.Generator().manual_seed(seed)
     obs = twin.reset(collect_buffer.game_seeds(1, seed, 3).repeat(len(agents)))
     playing, score = np.ones(len(agents), bool), np.zeros(len(agents))
@@ -103,7 +107,8 @@ def record(agents, rom, steps, skip, seed, greedy):
             break
         pairs = zip(agents, torch.from_numpy(obs).unsqueeze(1), strict=True)
         logits = torch.cat([agent(x)[0] for agent, x in pairs])
-        actions = logits.argmax(-1) if greedy else collect_buffer.sample_actions(logits, generator)
+        sampled = collect_buffer.sample_actions(logits, generator)
+        actions = torch.where(torch.tensor(greedy), logits.argmax(-1), sampled)
         (obs, reward, terminated, truncated, _), _ = twin.step(actions.numpy())
         score += reward * playing
         playing &= ~(terminated | truncated)
@@ -129,20 +134,22 @@ def main(args):
     env_id, rom = collect_buffer.resolve_game(args.env_id)
     if not args.path.endswith((".gif", ".mp4")):
         sys.exit(f"--path {args.path}: must end in .gif or .mp4")
-    num_actions = len(collect_buffer.AtariEnvs(rom, 1, False, 0.0).action_meanings)
-    agents, labels = [], []
+    num_actions = len(collect_buffer.AtariEnvs(rom, 1, 0.0, life_loss=False).action_meanings)
+    agents, labels, greedy = [], [], []
     for checkpoint in args.checkpoints:
         about, agent = collect_buffer.load_teacher(checkpoint, env_id, num_actions)
         agents.append(agent.to(memory_format=torch.channels_last))
+        greedy.append(args.greedy or about["args"].get("loss") == "mse")
         thousands = sum(x.numel() for x in agent.parameters()) / 1000
         kind = about["phase"].replace("ppo", "PPO")
         if about["capacity"] in ("high", "medium", "low"):
             kind += f", {about['capacity']}"
         labels.append(f"{kind}\n{thousands:,.0f} thousand weights")
+    collect_buffer.lock_output(args.path, args.overwrite)
     steps, skip = (round(x * FRAMES_PER_SECOND) for x in (args.seconds, args.skip))
     bar = collect_buffer.progress(total=skip + steps, initial=skip, unit="step")
     frames = []
-    for picture, scores in record(agents, rom, steps, skip, args.seed, args.greedy):
+    for picture, scores in record(agents, rom, steps, skip, args.seed, greedy):
         frames.append(draw(picture, labels, scores, args.scale))
         bar.update()
     bar.close()
@@ -152,11 +159,8 @@ def main(args):
     options = {"loop": 0, "duration": 1000 / FRAMES_PER_SECOND}
     if args.path.endswith(".mp4"):
         options = {"fps": FRAMES_PER_SECOND, "macro_block_size": 2}
-    try:
-        iio.imwrite(written, frames, **options)
-        os.replace(written, args.path)
-    except OSError as error:
-        sys.exit(f"{args.path}: cannot be written ({error}); pass another --path")
+    iio.imwrite(written, frames, **options)
+    os.replace(written, args.path)
     size = os.path.getsize(args.path) / 1e6
     print(f"wrote       {args.path}, {len(frames) / FRAMES_PER_SECOND:.1f} s, {size:.2f} MB")
 
