@@ -59,8 +59,7 @@ class Args:
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
     bf16: bool = False
-    """let the network in training compute in bfloat16, with float32 weights and losses; faster on
-    a GPU and on CPUs with AVX-512-BF16 or AMX, slower on others"""
+    """run the network in bfloat16 in training; slower on CPUs without AVX-512-BF16 or AMX"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -121,13 +120,12 @@ class Args:
 
 
 class AtariEnvs(AtariVectorEnv):
-    """Atari games side by side, on ale-py's C++ threads, with the game's minimal set of actions.
+    """Atari games on ale-py's C++ threads, with the game's minimal set of actions.
 
     After a lost life FIRE replaces the next action, in games that have FIRE, as in the paper's
-    reference code. The stack of frames runs on over a lost life, which with `life_loss` is reported
-    as `terminated`; the game goes on. A game that ends begins anew within the same step. Rewards
-    are raw. Observations are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's
-    start.
+    reference code. The game and the stack of frames go on over a lost life; with `life_loss` it is
+    reported as `terminated`. A game that ends begins anew within the same step. Rewards are raw.
+    Observations are uint8 [N, 4, 84, 84], oldest frame first, blank before a game's start.
 
     `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
     `game_over`, bool [N]: those that ended with the last step.

@@ -5,11 +5,10 @@
     python finetune_student.py --resume                           # go on after an interruption
     python finetune_student.py --eval-only checkpoints/PongNoFrameskip-v4/finetuned_medium.pt
 
-The recipe is that of `ppo_atari_teacher.py`, and `diff ppo_atari_teacher.py finetune_student.py`
-shows all that fine-tuning changes: the weights it starts from, 20M steps instead of 75M, and an
-evaluation before the training too. Green, Vineyard & Koç (2019), "Distillation Strategies for
-Proximal Policy Optimization", distil the actor alone, so that PPO starts with a random critic;
-`--critic-warmup-updates` gives the critic a start before the actor moves.
+The recipe is that of `ppo_atari_teacher.py`; `diff ppo_atari_teacher.py finetune_student.py` shows
+all that fine-tuning changes. Green, Vineyard & Koç (2019), arXiv:1901.08128, distil the actor
+alone, so that PPO would start with a random critic: here the critic's weights are first solved for
+by least squares, on the first rollout.
 
 One step is one action of the agent, which the emulator repeats for four frames. Every total of
 this file is in steps, summed over the games that are played at once.
@@ -62,8 +61,7 @@ class Args:
     compile: bool = False
     """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
     bf16: bool = False
-    """let the network in training compute in bfloat16, with float32 weights and losses; faster on
-    a GPU and on CPUs with AVX-512-BF16 or AMX, slower on others"""
+    """run the network in bfloat16 in training; slower on CPUs without AVX-512-BF16 or AMX"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
@@ -77,8 +75,7 @@ class Args:
     checkpoint_interval: PositiveInt = 1_000_000
     """save so often that no more steps than this are lost, but at most after each iteration"""
     resume: bool = False
-    """go on from `save_path`: same weights, optimiser and step, new games and random numbers; start
-    anew where nothing is saved yet"""
+    """go on from `save_path`, with new games and random numbers; start anew if nothing is saved"""
     overwrite: bool = False
     """replace `save_path` if it exists"""
 
@@ -129,18 +126,17 @@ class Args:
     """largest norm of the whole gradient; a longer one is scaled down to it"""
     target_kl: PositiveFloat | None = None
     """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
-    critic_warmup_updates: NonNegativeInt = 0
-    """iterations at the start that train the `critic` layer alone and leave the policy as it is"""
+    fit_critic: bool = True
+    """start with a critic that fits the first rollout's returns; otherwise with the student's own"""
 
 
 class AtariEnvs(AtariVectorEnv):
-    """Atari games side by side, on ale-py's C++ threads, with the game's minimal set of actions.
+    """Atari games on ale-py's C++ threads, with the game's minimal set of actions.
 
     After a lost life FIRE replaces the next action, in games that have FIRE, as in the paper's
-    reference code. The stack of frames runs on over a lost life, which with `life_loss` is reported
-    as `terminated`; the game goes on. A game that ends begins anew within the same step. Rewards
-    are raw. Observations are uint8 [N, 4, 84, 84], the oldest frame first, blank before a game's
-    start.
+    reference code. The game and the stack of frames go on over a lost life; with `life_loss` it is
+    reported as `terminated`. A game that ends begins anew within the same step. Rewards are raw.
+    Observations are uint8 [N, 4, 84, 84], oldest frame first, blank before a game's start.
 
     `forced`, bool [N]: the games whose next step presses FIRE, whatever action is given;
     `game_over`, bool [N]: those that ended with the last step.
@@ -305,6 +301,30 @@ def ppo_loss(
     return policy_loss, value_loss, entropy, old_approx_kl, approx_kl, clipfrac
 
 
+@torch.no_grad()
+def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
+    """Fit the critic by ridge regression, so that the values V of a rollout, float32 [T + 1, N], are
+    nearest to V plus the advantages that `gae` makes of V; returns V. `obs` is uint8 [T, N, 84, 84,
+    4], `last_obs` [N, 84, 84, 4], the rest as in `gae`."""
+    features = []
+    hook = agent.critic.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    for step_obs in (*obs, last_obs):
+        agent(step_obs.permute(0, 3, 1, 2))
+    hook.remove()
+    x = nn.functional.pad(torch.stack(features).double().cpu(), (0, 1), value=1.0)  # for the bias
+    gram = sum_over_processes(x[:-1].flatten(0, 1).T @ x[:-1].flatten(0, 1))
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    values = torch.zeros(x.shape[:2])
+    for _ in range(5):  # as V stands on both sides; each time its error shrinks to about a sixth
+        advantages = gae(rewards, values[:-1], dones, values[-1], gamma, gae_lambda)
+        moments = torch.einsum("tnf,tn->f", x[:-1], (advantages + values[:-1]).double())
+        weights = torch.linalg.solve(gram, sum_over_processes(moments))
+        values = (x @ weights).float()
+    agent.critic.weight.copy_(weights[:-1])
+    agent.critic.bias.copy_(weights[-1:])
+    return values
+
+
 def sum_over_processes(x):
     """A tensor summed in place over torchrun's processes, if there are several; returns it."""
     if torch.distributed.is_initialized():
@@ -327,8 +347,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     restore(checkpoint, agent, optimizer)
     learner, loss_function = agent, ppo_loss
     if world_size > 1:  # starts from the weights of process 0, and averages the gradients
-        partly = args.critic_warmup_updates > 0
-        learner = nn.parallel.DistributedDataParallel(agent, find_unused_parameters=partly)
+        learner = nn.parallel.DistributedDataParallel(agent)
     if args.compile:
         learner = torch.compile(learner, mode="reduce-overhead", dynamic=False)
         loss_function = torch.compile(ppo_loss, dynamic=False)
@@ -358,11 +377,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     while global_step < total_steps:
         remaining = 1 - global_step / total_steps if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-        warming_up = global_step < args.critic_warmup_updates * batch_size
-        agent.network.requires_grad_(not warming_up)
-        agent.actor.requires_grad_(not warming_up)
-        # clipping would hold a critic that has far to go to clip_coef an iteration
-        clip_vloss = args.clip_vloss and not warming_up
 
         # play
         with torch.no_grad(), autocast:
@@ -390,6 +404,11 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                     bar.set_postfix_str(f"return {game_return[e]:g}", refresh=False)
                     game_return[e] = game_length[e] = 0
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
+
+        if args.fit_critic and global_step == batch_size:
+            last_obs = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
+            fitted = fit_critic(agent, obs, last_obs, rewards, dones, args.gamma, args.gae_lambda)
+            values, last_values = fitted[:-1].to(device), fitted[-1]
 
         # estimate advantages
         advantages = gae(rewards, values.cpu(), dones, last_values, args.gamma, args.gae_lambda)
@@ -421,7 +440,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                     b_returns[mb],
                     b_values[mb],
                     args.clip_coef,
-                    clip_vloss,
+                    args.clip_vloss,
                 )
                 policy_loss, value_loss, entropy, *_ = losses
                 loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
@@ -670,14 +689,6 @@ def restore(checkpoint, agent, optimizer):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
-def compare(result, teacher):
-    """A student's and its teacher's mean returns, in words, of evaluations by the same rules."""
-    rules = ("greedy", "repeat_action_probability")
-    if not result or not teacher or any(result[rule] != teacher[rule] for rule in rules):
-        return "not compared with its teacher, since not both are evaluated by the same rules"
-    return f"mean {result['mean']:.2f}, its teacher's {teacher['mean']:.2f}"
-
-
 def main(args):
     args.env_id, rom = resolve_game(args.env_id)
     device = set_up_torch(args.seed, args.cuda)
@@ -704,11 +715,8 @@ def main(args):
             sys.exit(f"{args.student_path}: has Q-values, no policy; distil with --loss kl or nll")
         if student["capacity"] != args.capacity:
             sys.exit(f"{args.student_path}: pass its --capacity {student['capacity']}")
-        checkpoint = {
-            "global_step": 0,
-            "model": student["model"],
-            "teacher": student.get("teacher"),
-        }
+        checkpoint = {"global_step": 0, "model": student["model"]}
+        checkpoint["teacher"] = student.get("teacher")
     args.teacher = (checkpoint["teacher"] or {}).get("sha256")  # no flag: for W&B's config
     if rank == 0:
         lock_output(args.save_path, args.overwrite or args.resume)
@@ -735,10 +743,6 @@ def main(args):
         print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
         command = "finetune_student.py --eval-only"
         print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
-        before, after = checkpoint.get("evaluation_before"), checkpoint.get("evaluation")
-        if before and after:
-            print(f"gain        mean {before['mean']:.2f} before, {after['mean']:.2f} after")
-        print(f"student     {compare(after, (checkpoint['teacher'] or {}).get('evaluation'))}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def critics_figure(folder, path):
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for name, label, color in (
         ("tuned_medium", "untrained critic, as in the paper", "C4"),
-        ("tuned_warmup_medium", "--critic-warmup-updates 10", "C1"),
+        ("tuned_warmup_medium", "critic first, 10 iterations", "C1"),
         ("tuned_value_medium", "distilled with --value-coef 0.5", "C2"),
     ):
         for i, run in enumerate(sorted(folder.glob(f"{name}_[0-9]*"))):

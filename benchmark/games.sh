@@ -45,6 +45,6 @@ for capacity in medium low; do
     for seed in $seeds; do
         distil $capacity "$seed"
     done
-    run "tuned_${capacity}_$first" finetune_student.py --student-path "$weights/ad_${capacity}_$first.pt" \
+    run "tuned_${capacity}_$first" finetune_student.py --capacity $capacity --student-path "$weights/ad_${capacity}_$first.pt" \
         --seed "$first" $tuned
 done

@@ -59,7 +59,7 @@ finetune() {  # name, capacity, seed, the student's name, further flags
     [ -e "$checkpoints/$student.pt" ] || python actor_distill.py --env-id "$game" --seed "$seed" \
         --buffer-path "$buffer" --capacity "$capacity" --epochs 10 --eval-steps 0 \
         --save-path "$checkpoints/$student.pt" $sgd $([[ $student =~ value ]] && echo --value-coef 0.5)
-    run "$name" "$name" "$student" finetune_student.py --student-path "$checkpoints/$student.pt" \
+    run "$name" "$name" "$student" finetune_student.py --capacity "$capacity" --student-path "$checkpoints/$student.pt" \
         --seed "$seed" --save-path "$checkpoints/$name.pt" $tuned "$@"
 }
 
@@ -76,7 +76,6 @@ done
 # does the untrained critic hurt?
 distil value medium "$seed" 10 0 --value-coef 0.5
 finetune "tuned_value_medium_$seed" medium "$seed" "value10_medium_$seed"
-finetune "tuned_warmup_medium_$seed" medium "$seed" "ad10_medium_$seed" --critic-warmup-updates 10
 for capacity in medium low; do
     ! wanted "direct_${capacity}_$seed" || run "direct_${capacity}_$seed" "direct_${capacity}_$seed" "" \
         ppo_atari_teacher.py --capacity $capacity --seed "$seed" \

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -178,9 +179,11 @@ def after_updates(turns, function):
         if not turns.on_floor:
             function(next(numbers))
 
-    handle = torch.optim.optimizer.register_optimizer_step_post_hook(hook)
-    yield
-    handle.remove()
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def watched(envs, after_step):
@@ -219,8 +222,8 @@ def ppo_script(
     def after_step(rounds):
         turns.lap("rollout", num_envs, *(floors if rounds % 16 == 0 else ()))
 
-    def envs(*flags):
-        return watched(plain_envs(*flags), after_step)
+    def envs(*flags, **more):
+        return watched(plain_envs(*flags, **more), after_step)
 
     with (
         quiet_folder(),

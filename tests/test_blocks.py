@@ -76,7 +76,7 @@ def test_finetuning_differs_from_the_teacher_by_what_it_changes():
     teacher, student = vars(ppo_atari_teacher.Args()), vars(finetune_student.Args())
     changed = {name for name in teacher if teacher[name] != student[name]}
     assert changed == {"exp_name", "capacity", "save_path", "total_timesteps"}
-    assert student.keys() - teacher.keys() == {"student_path", "critic_warmup_updates"}
+    assert student.keys() - teacher.keys() == {"student_path", "fit_critic"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

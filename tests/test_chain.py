@@ -122,10 +122,10 @@ def test_evaluation_file(chain, script, file, phase):
 def test_checkpoints_hold_what_going_on_needs(chain):
     about = {"phase", "env_id", "capacity", "args", "checkpoint", "run_name", "global_step"}
     common = about | {"model", "optimizer", "evaluation"}
-    distilled = {"teacher", "epoch", "validation", "last_epoch", "last_model", "eq3_epochs"}
+    distilled = {"teacher", "epoch", "validation", "last_epoch", "last_step", "last_model"}
     extra = {
         "ppo_atari_teacher.py": set(),
-        "actor_distill.py": distilled,
+        "actor_distill.py": distilled | {"eq3_epochs"},
         "finetune_student.py": {"teacher", "evaluation_before"},
     }
     for script, more in extra.items():
@@ -139,17 +139,13 @@ def test_checkpoints_hold_what_going_on_needs(chain):
     assert checkpoint["teacher"]["evaluation"] == taught["evaluation"]
 
 
-def test_last_lines_compare_student_and_teacher(chain):
+def test_the_last_line_compares_student_and_teacher(chain):
     def mean(script, name="evaluation"):
         return f"{checkpoint_of(chain, script)[name]['mean']:.2f}"
 
     taught = mean("ppo_atari_teacher.py")
-    for script in ("actor_distill.py", "finetune_student.py"):
-        *_, gain, last = chain[1][script].stdout.splitlines()
-        assert last == f"student     mean {mean(script)}, its teacher's {taught}"
-    assert (
-        gain == f"gain        mean {mean(script, 'evaluation_before')} before, {mean(script)} after"
-    )
+    *_, last = chain[1]["actor_distill.py"].stdout.splitlines()
+    assert last == f"student     mean {mean('actor_distill.py')}, its teacher's {taught}"
 
 
 def test_eval_only_repeats_the_evaluation_and_leaves_the_file_alone(chain, tmp_path, monkeypatch):
@@ -168,7 +164,8 @@ def test_eval_only_repeats_the_evaluation_and_leaves_the_file_alone(chain, tmp_p
 def test_finetuning_starts_from_the_student(chain):
     before = checkpoint_of(chain, "actor_distill.py")["model"]
     after = checkpoint_of(chain, "finetune_student.py")
-    for name in before:  # 16 updates of Adam at 3e-4 move no weight further than this
+    shared = [name for name in before if not name.startswith("critic")]
+    for name in shared:  # 16 updates of Adam at 3e-4 move no weight further than this
         assert 0 < (after["model"][name] - before[name]).abs().max() < 16 * 3.3e-4, name
     student = checkpoint_of(chain, "actor_distill.py")["evaluation"]
     assert after["evaluation_before"] == student

@@ -300,7 +300,7 @@ WRONG_FLAGS = {
     "checkpoint-interval=0 exp-name=lr=1 no-such-flag=3",
     collect: "num-samples=1 epsilon=2",
     distill: "epochs=0 temperature=0 validation-fraction=0.9 loss=l1",
-    finetune: "num-steps=1 critic-warmup-updates=-1",
+    finetune: "num-steps=1",
 }
 
 

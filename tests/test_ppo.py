@@ -238,25 +238,45 @@ def test_a_compiled_update_is_the_plain_one():
         torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_critic_warm_up_is_not_held_back_by_value_clipping(monkeypatch):
-    """Returns of 10: after ten iterations the critic is there, and the policy has not moved."""
-    seen = []
+def test_the_critic_is_fitted_to_the_returns_that_its_own_values_give():
+    """Against many rounds of NumPy's least squares, the ridge as rows of its own."""
+    agent = opinionated_agent(finetune.Agent, "low", 6)
+    policy = agent.actor.weight.clone()
+    obs = torch.randint(256, (41, 5, 84, 84, 4), dtype=torch.uint8)
+    rng = np.random.default_rng(3)
+    rewards, dones = rng.normal(size=(40, 5)), (rng.random((40, 5)) < 0.1).astype(float)
+    tensors = map(torch.from_numpy, (rewards, dones))
+    fitted = finetune.fit_critic(agent, obs[:-1], obs[-1], *tensors, 0.97, 0.9)
+    images = obs.flatten(0, 1).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(agent(images)[1].view(41, 5), fitted, atol=1e-4, rtol=1e-3)
+        hidden = agent.network(images / 255).double().numpy()
+    x = np.column_stack((hidden, np.ones(len(hidden))))
+    ridge = np.sqrt(1e-3 * (x[:200] ** 2).sum() / x.shape[1]) * np.eye(x.shape[1])
+    values = np.zeros((41, 5))
+    for _ in range(50):
+        targets = plain_gae(rewards, values[:-1], dones, values[-1], 0.97, 0.9) + values[:-1]
+        targets = np.concatenate((targets.ravel(), np.zeros(len(ridge))))
+        weights, *_ = np.linalg.lstsq(np.concatenate((x[:200], ridge)), targets, rcond=None)
+        values = (x @ weights).reshape(41, 5)
+    np.testing.assert_allclose(fitted, values, atol=0.01 * values.std())
+    assert torch.equal(agent.actor.weight, policy)
 
-    def gae(rewards, values, *rest):
-        seen.append(values.mean().item())
-        return 10 - values
 
-    monkeypatch.setattr(finetune, "gae", gae)
-    start = teacher.Agent("low", 6).state_dict()
-    checkpoint = {"global_step": 0, "model": start}
-    flags = {"num_minibatches": 8, "learning_rate": 6e-3, "anneal_lr": False}
-    flags |= {"critic_warmup_updates": 10, "checkpoint": checkpoint}
-    agent = trained(finetune, **flags, total_timesteps=640)
-    changed = {name for name, x in agent.state_dict().items() if not torch.equal(x, start[name])}
-    assert changed == {"critic.weight", "critic.bias"}
-    agent = trained(finetune, **flags, total_timesteps=704)
-    assert seen[0] < 1 and seen[10] == pytest.approx(10, abs=0.5)
-    assert all(not torch.equal(x, start[name]) for name, x in agent.state_dict().items())
+@pytest.mark.parametrize("fit", [True, False])
+def test_finetuning_fits_the_critic_once(fit, monkeypatch):
+    """Before its first update, which learns from the values that the fit gives."""
+    fits = recorded(monkeypatch, finetune, "fit_critic")
+    losses = recorded(monkeypatch, finetune, "ppo_loss")
+    checkpoint = {
+        "global_step": 0,
+        "model": opinionated_agent(teacher.Agent, "low", 6).state_dict(),
+    }
+    trained(finetune, checkpoint, fit_critic=fit, total_timesteps=128, update_epochs=1)
+    assert len(fits) == fit
+    if fit:
+        old_values = torch.cat([inputs[6] for inputs, _ in losses[:2]])
+        assert torch.equal(old_values.sort()[0], fits[0][1][:-1].flatten().sort()[0])
 
 
 class Stripes:

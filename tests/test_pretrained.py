@@ -136,6 +136,7 @@ def test_shipped_files_serve_where_the_default_paths_are_empty(tmp_path, monkeyp
     ):  # asked for, and not the default
         run_main(distill, distill.Args(buffer_path="x.npz", eval_steps=0, epochs=1))
     still = {"num_envs": 1, "num_steps": 2, "total_timesteps": 2, "learning_rate": 1e-9}
+    still["fit_critic"] = False
     for capacity, flags in (("medium", {}), ("low", {"capacity": "low"})):
         run_main(finetune, finetune.Args(**still, eval_steps=0, **flags))
         tuned = torch.load(f"checkpoints/{shipped.name}/finetuned_{capacity}.pt")
