@@ -215,7 +215,8 @@ class Agent(nn.Module):
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
         # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
-        x = obs.contiguous(memory_format=torch.channels_last).float()
+        x = obs.contiguous(memory_format=torch.channels_last)
+        x = x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x.float()
         first, *rest = self.network
         # the same as obs / 255, but divides the few weights instead of every pixel
         x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
@@ -694,9 +695,7 @@ def main(args):
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        if rank == 0:
-            evaluate(agent, rom, args, checkpoint, open_log(args), device)
-        return
+        return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
 
     args.buffer_path = find_input(args.buffer_path, Args.buffer_path, "buffer.npz", args)
     buffer = load_buffer(args.buffer_path, args.env_id)

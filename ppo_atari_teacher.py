@@ -222,7 +222,8 @@ class Agent(nn.Module):
     def forward(self, obs):
         """Observations uint8 [B, 4, 84, 84] to logits float32 [B, A] and values float32 [B]."""
         # the layout in which small convolutions are fastest on a CPU; bytes are cheap to rearrange
-        x = obs.contiguous(memory_format=torch.channels_last).float()
+        x = obs.contiguous(memory_format=torch.channels_last)
+        x = x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x.float()
         first, *rest = self.network
         # the same as obs / 255, but divides the few weights instead of every pixel
         x = F.conv2d(x, first.weight / 255, first.bias, first.stride)
@@ -655,9 +656,7 @@ def main(args):
         torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
-        if rank == 0:
-            evaluate(agent, rom, args, checkpoint, open_log(args), device)
-        return
+        return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
 
     args.save_path = fill_in(args.save_path, args)
     checkpoint, writer = {"global_step": 0}, None
