@@ -6,9 +6,8 @@
     python finetune_student.py --eval-only checkpoints/PongNoFrameskip-v4/finetuned_medium.pt
 
 The recipe is that of `ppo_atari_teacher.py`; `diff ppo_atari_teacher.py finetune_student.py` shows
-all that fine-tuning changes. Green, Vineyard & Koç (2019), arXiv:1901.08128, distil the actor
-alone, so that PPO would start with a random critic: here the critic's weights are first solved for
-by least squares, on the first rollout.
+all that changes. Green, Vineyard & Koç (2019), arXiv:1901.08128, distil the actor alone, so that
+the critic begins random; here it is first fitted to the first rollout's returns.
 
 One step is one action of the agent, which the emulator repeats for four frames. Every total of
 this file is in steps, summed over the games that are played at once.
@@ -127,7 +126,7 @@ class Args:
     target_kl: PositiveFloat | None = None
     """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
     fit_critic: bool = True
-    """start with a critic that fits the first rollout's returns; otherwise with the student's own"""
+    """fit the critic to the first rollout's returns; without, it begins random, as in the paper"""
 
 
 class AtariEnvs(AtariVectorEnv):
@@ -304,9 +303,11 @@ def ppo_loss(
 
 @torch.no_grad()
 def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
-    """Fit the critic by ridge regression, so that the values V of a rollout, float32 [T + 1, N], are
-    nearest to V plus the advantages that `gae` makes of V; returns V. `obs` is uint8 [T, N, 84, 84,
-    4], `last_obs` [N, 84, 84, 4], the rest as in `gae`."""
+    """Replace the critic's layer by the ridge regression of a rollout's returns on its features.
+
+    Returns V, float32 [T + 1, N], which is its own target, as the returns are V plus the advantages
+    that `gae` makes of it. `obs` is uint8 [T, N, 84, 84, 4], the rest as in `gae`.
+    """
     features = []
     hook = agent.critic.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     for step_obs in (*obs, last_obs):
@@ -316,7 +317,7 @@ def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
     gram = sum_over_processes(x[:-1].flatten(0, 1).T @ x[:-1].flatten(0, 1))
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     values = torch.zeros(x.shape[:2])
-    for _ in range(5):  # as V stands on both sides; each time its error shrinks to about a sixth
+    for _ in range(50):  # each time V is nearer to its returns: an error of its mean, by a sixth
         advantages = gae(rewards, values[:-1], dones, values[-1], gamma, gae_lambda)
         moments = torch.einsum("tnf,tn->f", x[:-1], (advantages + values[:-1]).double())
         weights = torch.linalg.solve(gram, sum_over_processes(moments))
@@ -406,7 +407,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                     game_return[e] = game_length[e] = 0
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
 
-        if args.fit_critic and global_step == batch_size:
+        if args.fit_critic and global_step == batch_size:  # after the first rollout
             last_obs = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
             fitted = fit_critic(agent, obs, last_obs, rewards, dones, args.gamma, args.gae_lambda)
             values, last_values = fitted[:-1].to(device), fitted[-1]

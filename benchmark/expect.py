@@ -26,7 +26,7 @@ SMALL = "--num-steps 128 --num-minibatches 8 --update-epochs 3 --eval-steps 8_00
 SESSIONS = (  # commands that share a folder
     ["actor_distill.py --capacity medium --epochs 10 --eval-steps 50_000"],
     [
-        f"ppo_atari_teacher.py {GAME} --total-timesteps 16_384 {SMALL}",
+        f"ppo_atari_teacher.py {GAME} --save-path checkpoints/demo.pt --total-timesteps 16_384 {SMALL}",
         f"collect_buffer.py {GAME} --num-samples 10_000",
         f"actor_distill.py {GAME} --epochs 3 --eval-steps 8_000",
         f"finetune_student.py {GAME} --total-timesteps 8_192 {SMALL}",
