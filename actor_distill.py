@@ -303,12 +303,14 @@ def validate(agent, get_batch, rows, loss_functions):
     `agreement`, the share in which both find the same action best; `entropy_gap`, the student's
     entropy less the targets'; `value_loss`, half the critic's squared error.
     """
-    names, sums = (*loss_functions, "agreement", "entropy_gap", "value_loss"), 0
+    names = (*loss_functions, "agreement", "entropy_gap", "value_loss")
+    sums = 0
     for batch in rows.split(1024):
         obs, targets, target_values = get_batch(batch)
         logits, values = agent(obs)
         agrees = logits.argmax(-1) == targets.argmax(-1)
-        student, teacher = logits.softmax(-1), targets
+        student = logits.softmax(-1)
+        teacher = targets
         if "mse" in loss_functions:
             teacher = targets.softmax(-1)
         entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
@@ -381,7 +383,8 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
     # as first planned, also where a resume asks for more epochs
     eq3_epochs = checkpoint.setdefault("eq3_epochs", args.eq3_fraction * args.epochs)
     epoch_samples = steps * batch_size
-    done, total = start_epoch * epoch_samples, args.epochs * epoch_samples
+    done = start_epoch * epoch_samples
+    total = args.epochs * epoch_samples
     bar = progress(initial=done, total=total, unit="sample", disable=rank > 0)
     start_time = time.time()
     for epoch in range(start_epoch + 1, args.epochs + 1):
@@ -424,7 +427,8 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
             metrics[f"losses/{name}"] = mean
         criterion = f"validation/{args.loss}"
         bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
-        step, state = epoch * epoch_samples, training_state(agent, optimizer)
+        step = epoch * epoch_samples
+        state = training_state(agent, optimizer)
         update = {"last_epoch": epoch, "last_step": step, "last_model": state["model"]}
         update["optimizer"] = state["optimizer"]
         best = checkpoint.get("validation", {}).get(criterion, math.inf)
@@ -568,9 +572,9 @@ def set_up_torch(seed, cuda):
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
-        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu")
 
@@ -707,7 +711,8 @@ def main(args):
     args.temperature = args.temperature or (0.01 if q_values else 1.0)
     args.teacher = (meta.get("teacher") or {}).get("sha256")  # no flag: for W&B's config
     args.save_path = fill_in(args.save_path, args)
-    checkpoint, writer = {"last_epoch": 0, "epoch": 0, "global_step": 0}, None
+    checkpoint = {"last_epoch": 0, "epoch": 0, "global_step": 0}
+    writer = None
     if args.resume and os.path.exists(args.save_path):
         checkpoint = load_training(args.save_path, "distilled", args)
     if rank == 0:

@@ -249,7 +249,9 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
     actions = np.zeros(n * steps, np.uint8)
     dones = np.zeros(n * steps, bool)
     is_sample = np.zeros(n * steps, bool)
-    stack, game_return, played = np.zeros((n, 4), np.int32), np.zeros(n), 0
+    stack = np.zeros((n, 4), np.int32)
+    game_return = np.zeros(n)
+    played = 0
     latest = first  # each slot's last sample
     obs, _ = envs.reset(seed=game_seeds(n, seed, 2))
     bar = progress(desc="collect", total=n * steps, unit="step")
@@ -265,7 +267,8 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
                 explores = torch.rand(n, generator=generator, device=device) < chance
                 random_action = torch.randint(num_actions, (n,), generator=generator, device=device)
                 action = torch.where(explores, random_action, action)
-            action, row = action.cpu().numpy(), first + step
+            action = action.cpu().numpy()
+            row = first + step
             stack = np.column_stack((stack[:, 1:], 1 + row))
             frames[1 + row] = obs[:, 3]
             stack_index[row] = stack
@@ -495,9 +498,9 @@ def set_up_torch(seed, cuda):
     if sys.platform == "linux":
         # glibc would return every batch's activations to the system and fetch them page by page
         # again, a fifth to a third of the time at batches of 1024 and more
-        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return torch.device(gpu if cuda and torch.cuda.is_available() else "cpu")
 
