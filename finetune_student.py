@@ -126,7 +126,7 @@ class Args:
     target_kl: PositiveFloat | None = None
     """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
     fit_critic: bool = True
-    """fit the critic to the first rollout's returns; without, it begins random, as in the paper"""
+    """fit the critic to the first rollout's returns; without, it begins as it was distilled"""
 
 
 class AtariEnvs(AtariVectorEnv):
