@@ -65,7 +65,9 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project; the variable WANDB_ENTITY names the user or team"""
+    """W&B project"""
+    wandb_entity: str | None = None
+    """user or team that the project belongs to; by default W&B's own choice"""
     teacher_path: FilePath = "checkpoints/{env_id}/ppo_high.pt"
     """checkpoint of the teacher: this project's, a state dict of CleanRL (PPO, DQN) or Kostrikov's
     code, a zip of Stable-Baselines3 (PPO, DQN); where the default is missing, the one that ships"""
@@ -518,8 +520,8 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "name": run_name, "id": run_name}
-        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
+        names = {"entity": args.wandb_entity, "project": args.wandb_project_name, "name": run_name}
+        wandb.init(**names, id=run_name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)

@@ -5,12 +5,10 @@
     python finetune_student.py --resume                           # go on after an interruption
     python finetune_student.py --eval-only checkpoints/PongNoFrameskip-v4/finetuned_medium.pt
 
-The recipe is that of `ppo_atari_teacher.py`; `diff ppo_atari_teacher.py finetune_student.py` shows
-all that changes. Green, Vineyard & Koç (2019), arXiv:1901.08128, distil the actor alone, so that
-the critic begins random; here it is first fitted to the first rollout's returns.
-
-One step is one action of the agent, which the emulator repeats for four frames. Every total of
-this file is in steps, summed over the games that are played at once.
+`diff ppo_atari_teacher.py finetune_student.py` shows what changes in PPO. The critic, which Green,
+Vineyard & Koç (2019), arXiv:1901.08128, leave random, is first fitted to a rollout's returns, and a
+falling weight on KL(policy ‖ student) holds the policy. A step is one action, which the emulator
+repeats for four frames; every total is in steps, summed over the games that are played at once.
 """
 
 import copy
@@ -64,7 +62,9 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project; the variable WANDB_ENTITY names the user or team"""
+    """W&B project"""
+    wandb_entity: str | None = None
+    """user or team that the project belongs to; by default W&B's own choice"""
     capacity: Literal["high", "medium", "low"] = "medium"
     """size of the student"""
     student_path: FilePath = "checkpoints/{env_id}/distilled_{capacity}.pt"
@@ -97,34 +97,34 @@ class Args:
     # Algorithm
     total_timesteps: PositiveInt = 20_000_000
     """steps of training; rounded down to whole iterations of num_envs * num_steps, one at least"""
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate at the start"""
     anneal_lr: bool = True
     """lower the learning rate linearly, to 0 after the last iteration"""
-    num_steps: Annotated[int, Field(ge=2)] = 2048
+    num_steps: Annotated[int, Field(ge=2)] = 1024
     """steps of each game in one rollout"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation (the paper's tau)"""
-    update_epochs: PositiveInt = 10
+    update_epochs: PositiveInt = 4
     """passes over a rollout"""
-    num_minibatches: PositiveInt = 32
-    """minibatches in a pass; 1024 is the literal reading of the paper's "batch sizes of 32\""""
+    num_minibatches: PositiveInt = 16
+    """minibatches in a pass"""
     norm_adv: bool = True
     """normalise the advantages, once over the whole rollout"""
-    clip_coef: PositiveFloat = 0.1
+    clip_coef: PositiveFloat = 0.2
     """clipping range of the probability ratio, and of the value with `clip_vloss`"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """clip the value loss around the rollout's value"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.1
     """weight of the value loss"""
     max_grad_norm: PositiveFloat = 0.5
     """largest norm of the whole gradient; a longer one is scaled down to it"""
-    target_kl: PositiveFloat | None = None
-    """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
+    kl_coef: float = 0.5
+    """weight of KL(policy ‖ student), which keeps what the student can do; falls with the rate"""
     fit_critic: bool = True
     """fit the critic to the first rollout's returns; without, it begins as it was distilled"""
 
@@ -346,6 +346,8 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     agent = Agent(args.capacity, len(envs.action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    student = copy.deepcopy(agent)
+    student.load_state_dict(checkpoint["student"])
     restore(checkpoint, agent, optimizer)
     learner, loss_function = agent, ppo_loss
     if world_size > 1:  # starts from the weights of process 0, and averages the gradients
@@ -362,6 +364,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     actions = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
     values = torch.empty(shape, device=device)
+    student_logprobs = torch.empty((*shape, len(envs.action_meanings)), device=device)
     forced = torch.empty(shape, dtype=torch.bool, device=device)
     rewards = torch.empty(shape)
     dones = torch.empty(shape)
@@ -386,6 +389,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                 obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
                 forced[step] = torch.from_numpy(envs.forced)
                 logits, values[step] = agent(obs[step].permute(0, 3, 1, 2))
+                student_logprobs[step] = student(obs[step].permute(0, 3, 1, 2))[0].log_softmax(-1)
                 actions[step] = action = sample_actions(logits)
                 logprobs[step] = log_prob(logits, action)
                 next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
@@ -394,7 +398,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                 if truncated.any():  # the game would have gone on: its value stands for the rest
                     final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
                     rewards[step][truncated] += args.gamma * agent(final_obs)[1].cpu()
-
                 global_step += num_envs * world_size
                 bar.update(num_envs * world_size)
                 game_return += reward
@@ -424,13 +427,13 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         b_obs = obs.flatten(0, 1)
         b_actions = actions.flatten()
         b_logprobs = logprobs.flatten()
+        b_student_logprobs = student_logprobs.flatten(0, 1)
         b_advantages = advantages.flatten()
         b_returns = returns.flatten()
         b_values = values.flatten()
         statistics = []
         for _ in range(args.update_epochs):
-            minibatches = torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches)
-            for mb in minibatches:
+            for mb in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
                 with autocast:
                     logits, new_values = learner(b_obs.index_select(0, mb).permute(0, 3, 1, 2))
                 losses = loss_function(
@@ -445,16 +448,15 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                     args.clip_vloss,
                 )
                 policy_loss, value_loss, entropy, *_ = losses
+                logprobs_now = logits.log_softmax(-1)
+                kl = (logprobs_now.exp() * (logprobs_now - b_student_logprobs[mb])).sum(-1).mean()
                 loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                loss = loss + args.kl_coef * remaining * kl
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-                statistics.append(torch.stack(losses).detach())
-            if args.target_kl:
-                approx_kl = torch.stack(statistics[-len(minibatches) :])[:, 4].mean()
-                if sum_over_processes(approx_kl) / world_size > args.target_kl:
-                    break
+                statistics.append(torch.stack([*losses, kl]).detach())
 
         # log and save
         if not agent(torch.from_numpy(next_obs).to(device))[0].isfinite().all():
@@ -463,7 +465,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         checkpoint.update(training_state(agent, optimizer), global_step=global_step)
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         if rank == 0:
-            for name, value in zip(names, losses.tolist(), strict=True):
+            for name, value in zip((*names, "student_kl"), losses.tolist(), strict=True):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             explained_variance = 1 - (returns - values).var() / returns.var()
             writer.add_scalar("losses/explained_variance", explained_variance, global_step)
@@ -611,8 +613,8 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "name": run_name, "id": run_name}
-        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
+        names = {"entity": args.wandb_entity, "project": args.wandb_project_name, "name": run_name}
+        wandb.init(**names, id=run_name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
@@ -715,7 +717,7 @@ def main(args):
             sys.exit(f"{args.student_path}: has Q-values, no policy; distil with --loss kl or nll")
         if student["capacity"] != args.capacity:
             sys.exit(f"{args.student_path}: pass its --capacity {student['capacity']}")
-        checkpoint = {"global_step": 0, "model": student["model"]}
+        checkpoint = {"global_step": 0, "model": student["model"], "student": student["model"]}
         checkpoint["teacher"] = student.get("teacher")
     args.teacher = (checkpoint["teacher"] or {}).get("sha256")  # no flag: for W&B's config
     if rank == 0:
@@ -741,8 +743,6 @@ def main(args):
         sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; pass --resume to go on")
     if rank == 0:
         print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
-        command = "finetune_student.py --eval-only"
-        print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ class Args:
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "actor-distillation"
-    """W&B project; the variable WANDB_ENTITY names the user or team"""
+    """W&B project"""
+    wandb_entity: str | None = None
+    """user or team that the project belongs to; by default W&B's own choice"""
     capacity: Literal["high", "medium", "low"] = "high"
     """size of the network, Table 2; the teacher is `high`"""
     save_path: FilePath = "checkpoints/{env_id}/ppo_{capacity}.pt"
@@ -365,7 +367,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                 if truncated.any():  # the game would have gone on: its value stands for the rest
                     final_obs = torch.from_numpy(info["final_obs"][truncated]).to(device)
                     rewards[step][truncated] += args.gamma * agent(final_obs)[1].cpu()
-
                 global_step += num_envs * world_size
                 bar.update(num_envs * world_size)
                 game_return += reward
@@ -567,8 +568,8 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "name": run_name, "id": run_name}
-        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
+        names = {"entity": args.wandb_entity, "project": args.wandb_project_name, "name": run_name}
+        wandb.init(**names, id=run_name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)
@@ -659,10 +660,9 @@ def main(args):
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
 
     args.save_path = fill_in(args.save_path, args)
-    checkpoint = {"global_step": 0}
     writer = None
-    if args.resume and os.path.exists(args.save_path):
-        checkpoint = load_training(args.save_path, "ppo", args)
+    resume = args.resume and os.path.exists(args.save_path)
+    checkpoint = load_training(args.save_path, "ppo", args) if resume else {"global_step": 0}
     if rank == 0:
         lock_output(args.save_path, args.overwrite or args.resume)
         writer = open_log(args, checkpoint.get("run_name"), checkpoint["global_step"])

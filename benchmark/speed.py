@@ -1,18 +1,17 @@
-"""Measure every phase beside its own floor on a CPU, in one run, and print one table.
+"""Measure every phase beside the least that the machine needs for it, and beside its peers.
 
-    python benchmark/speed.py
-    python benchmark/speed.py --processes 2
-    python benchmark/speed.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
+    python benchmark/speed.py                  # phases on a CPU
+    python benchmark/speed.py --bf16 --cleanrl ../cleanrl --cleanrl-python ../clenv/bin/python
+    python benchmark/speed.py --processes 2    # whole runs of two processes and of one
+    python benchmark/speed.py --gpu            # whole runs on a GPU, with and without --compile
+    python benchmark/speed.py --repeats 0      # the tables of all that was measured
 
-A phase is timed inside the scripts' own code. Its floor is the least that this machine needs for
-the same work: the games stepped with random actions, the network's forward pass on a batch in
-place, one optimiser step on a batch in place. Machines are noisy, so a phase and its floors take
-turns, every few steps, and the ratio to look at is the median over the repeats of one repeat's.
-With `--cleanrl`, its `ppo_atari.py` runs in the same alternation (tried with its master branch,
-torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2 and NumPy 1.26).
-Writes `benchmark/results/speed.{md,json}`. With `--processes` it measures instead, in turns, whole
-trainings by that many processes of torchrun with one thread each, and by one process with as many
-threads, and writes `speed-processes.{md,json}`.
+A phase runs in the scripts' own code. Its floor is the least work of this kind: games stepped with
+random actions, the network's forward pass, one optimiser step, each on a batch in place. Machines
+are noisy, so a phase and its floor take turns every few steps, whole runs take turns in each
+repeat, and the ratio to look at is the median over the repeats of one repeat's. CleanRL is its
+`ppo_atari.py` (tried: master, torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3
+2.3.2, NumPy 1.26). Prints a table, and adds a line to `benchmark/results/speed.jsonl`.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,50 +45,68 @@ import ppo_atari_teacher as teacher
 
 GAME, ROM, NUM_ACTIONS = "PongNoFrameskip-v4", "pong", 6
 CAPACITIES = ("high", "medium", "low")
+BUFFER = ROOT / "pretrained" / GAME / "buffer.npz"
+PPO = "ppo_atari_teacher.py --num-steps=128 --num-minibatches=8 --update-epochs=2"
+DISTIL = "actor_distill.py --epochs=3 --batch-size=256"
+FINETUNE = f"finetune_student.py --capacity=high --student-path={BUFFER.with_name('ppo_high.pt')}"
+ON_CPU = {
+    "PPO, high": f"{PPO} --total-timesteps=10_240",
+    "PPO, low": f"{PPO} --total-timesteps=20_480 --capacity=low",
+    "distillation, medium": DISTIL,
+    "distillation, low": f"{DISTIL} --capacity=low",
+}
+SMALL = "--num-steps=128 --num-minibatches=8 --update-epochs=4 --total-timesteps=18_432"
+LARGE = "--num-steps=128 --num-minibatches=16 --update-epochs=4 --total-timesteps=98_304"
+ON_GPU = {
+    "PPO, high, 16 games, minibatches of 256": f"ppo_atari_teacher.py {SMALL}",
+    "PPO, high, 128 games, minibatches of 1,024": f"ppo_atari_teacher.py {LARGE} --num-envs=128",
+    "fine-tuning, high, 16 games, minibatches of 256": f"{FINETUNE} {SMALL}",
+    "distillation, medium, batches of 64": "actor_distill.py --epochs=12",
+    "distillation, medium, batches of 1,024": "actor_distill.py --epochs=60 --batch-size=1024",
+}
 
 
 @dataclass
 class Args:
     repeats: int = 3
-    """repeats of each measurement; the medians are reported"""
+    """repeats of each measurement, of which medians are shown; 0 shows the tables of the file"""
     num_envs: int = 16
-    """games played at once"""
+    """games played at once, by the phases"""
     batch_size: int = 256
-    """samples in a minibatch of the PPO update and in a batch of the distillation"""
+    """samples in a minibatch of PPO and in a batch of distillation, of the phases"""
     compile: bool = False
     """compile network and loss; the floors stay as they are"""
     bf16: bool = False
-    """let networks in training compute in bfloat16; the floors stay as they are"""
-    processes: int = 1
-    """more than 1: compare so many processes with one process of so many threads, on a CPU"""
+    """measure what trains in bfloat16 too, in the same turns"""
+    phases: bool = True
+    """measure each phase beside its floor, and not only what has a peer"""
     cleanrl: str | None = None
-    """folder of CleanRL, to measure its `ppo_atari.py` beside the teacher at its own flags"""
+    """folder of CleanRL, to measure its `ppo_atari.py` beside PPO with the same hyperparameters"""
     cleanrl_python: str = sys.executable
     """Python that has what CleanRL needs"""
-    buffer_path: str = str(ROOT / "pretrained" / GAME / "buffer.npz")
-    """buffer to load and to distil from"""
-    results: str = str(ROOT / "benchmark" / "results")
-    """folder to write to"""
+    processes: int = 1
+    """more than 1: whole runs of so many processes beside one with as many threads, on a CPU"""
+    gpu: bool = False
+    """whole runs on a GPU"""
+    results: str = str(ROOT / "benchmark" / "results" / "speed.jsonl")
+    """file to add a line to"""
 
 
 class Turns:
     """Divides time among a phase and its floors, which run between the steps of the phase.
 
-    Args:
-        floors: name to function that does some of the work and returns how much.
+    `floors` maps a name to a function that does some of the work and returns how much.
     """
 
     def __init__(self, floors):
-        self.floors, self.since = floors, None
-        self.spent, self.done = {}, {}
-        self.on_floor = False
+        self.floors, self.since, self.laps, self.on_floor = floors, None, {}, False
 
     def lap(self, name, amount, *floors):
         """Since the last lap `name` did `amount` of work; now let each of `floors` do some."""
         now = time.perf_counter()
         if self.since is not None:
-            self.spent[name] = self.spent.get(name, 0) + now - self.since
-            self.done[name] = self.done.get(name, 0) + amount
+            spent, done = self.laps.get(name, (0, 0))
+            self.laps[name] = spent + now - self.since, done + amount
         self.since = now
         for floor in floors:
             self.on_floor = True
@@ -100,11 +116,17 @@ class Turns:
 
     def forget(self):
         """What was measured until now was warm-up."""
-        self.spent, self.done = {}, {}
+        self.laps = {}
 
     def rate(self, name):
         """Work per second of the time spent on it."""
-        return self.done[name] / self.spent[name]
+        spent, done = self.laps[name]
+        return done / spent
+
+
+def in_turn(*rates):
+    """The rate of doing the same work in each of several ways, one after another."""
+    return 1 / sum(1 / rate for rate in rates)
 
 
 def agent_and_optimizer(capacity, device="cpu"):
@@ -113,7 +135,7 @@ def agent_and_optimizer(capacity, device="cpu"):
     return agent, torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
 
 
-def environment_alone(num_envs):
+def games_alone(num_envs):
     """Step the games with random actions: a function that returns the steps it made."""
     envs = teacher.AtariEnvs(ROM, num_envs, 0.0, life_loss=False)
     envs.reset(seed=teacher.game_seeds(num_envs, 1, 1))
@@ -157,15 +179,44 @@ def update_alone(capacity, batch_size):
     return work
 
 
+def plain_loop(batch_size):
+    """What a newcomer would write, a step a call: stacked observations, DataLoader, NCHW."""
+    with np.load(BUFFER) as buffer:
+        rows = buffer["stack_index"][: 32 * batch_size]
+        obs = torch.from_numpy(buffer["frames"][rows])
+        targets = torch.from_numpy(buffer["action_probs"][: len(rows)])
+    agent = teacher.Agent("medium", NUM_ACTIONS)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
+    data = torch.utils.data.TensorDataset(obs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def work():
+        x, target = next(batches)
+        logits = agent.actor(agent.network(x.float() / 255))
+        loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return len(x)
+
+    return work
+
+
+class Enough(Exception):
+    """Cuts a phase short."""
+
+
 @contextlib.contextmanager
 def quiet_folder():
-    """A temporary working folder, with stdout and stderr thrown away."""
+    """A temporary working folder, with stdout and stderr thrown away, that `Enough` leaves."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         open(os.devnull, "w") as nothing,
         contextlib.redirect_stdout(nothing),
         contextlib.redirect_stderr(nothing),
+        contextlib.suppress(Enough),
     ):
         yield
 
@@ -199,24 +250,21 @@ def watched(envs, after_step):
     return envs
 
 
-def ppo_script(
-    args, num_envs, num_minibatches, epochs, iterations, turns, floors=(), update_floors=()
-):
+def ppo(options, num_envs, minibatches, epochs, iterations, turns, floors=(), update_floors=()):
     """The teacher's own `main`, in laps "rollout" and "update"; its first iteration is warm-up.
 
     The rollout lasts from the last optimiser step of an iteration to the next call of `gae`, the
     update from there to its last optimiser step. `floors` are those of the rollout.
     """
     plain_gae, plain_envs = teacher.gae, teacher.AtariEnvs
-    size = num_envs * 128 // num_minibatches
 
     def gae(*batch):
         turns.lap("rollout", 0)
         return plain_gae(*batch)
 
     def after_update(count):
-        turns.lap("update", size, *update_floors)
-        if count == epochs * num_minibatches:
+        turns.lap("update", num_envs * 128 // minibatches, *update_floors)
+        if count == epochs * minibatches:
             turns.forget()
 
     def after_step(rounds):
@@ -230,326 +278,202 @@ def ppo_script(
         after_updates(turns, after_update),
         mock.patch.multiple(teacher, gae=gae, AtariEnvs=envs),
     ):
-        flags = teacher.Args(
-            num_envs=num_envs,
-            num_steps=128,
-            num_minibatches=num_minibatches,
-            update_epochs=epochs,
-            total_timesteps=iterations * num_envs * 128,
-            eval_steps=0,
-            cuda=False,
-            compile=args.compile,
-            bf16=args.bf16,
-        )
-        teacher.main(flags)
+        shape = {"num_envs": num_envs, "num_steps": 128, "num_minibatches": minibatches}
+        length = {"update_epochs": epochs, "total_timesteps": iterations * num_envs * 128}
+        teacher.main(teacher.Args(**shape, **length, **options))
+    return turns.rate("rollout"), turns.rate("update")
 
 
-def cleanrl_script(args, iterations=4):
-    """CleanRL's `ppo_atari.py` on the same cores: whole steps/s, without its start."""
-    code = (
-        "import ale_py, runpy, sys\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    script = os.path.abspath(f"{args.cleanrl}/cleanrl/ppo_atari.py")
-    flags = ["--env-id", GAME, "--total-timesteps", str(iterations * 1024), "--no-cuda"]
-    environment = {**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}
-    environment.pop("GOMP_SPINCOUNT", None)
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [os.path.abspath(args.cleanrl_python), "-c", code, script, *flags],
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        times = [time.perf_counter() for line in process.stdout if line.startswith("SPS")]
-    if process.wait() or len(times) < 2:
-        sys.exit(f"--cleanrl {args.cleanrl}: failed: {process.stderr.read()[-500:]}")
-    return (len(times) - 1) * 1024 / (times[-1] - times[0])
+def playing(phase, num_envs, turns, floors=(), rounds=128, device="cpu"):
+    """`collect` or `play` by `high`, in laps of the phase's name; the first eighth is warm-up."""
+    agent, _ = agent_and_optimizer("high", device)
 
-
-class Enough(Exception):
-    """Cuts a phase short."""
-
-
-def playing(phase, capacity, num_envs, steps, turns=None, floors=(), device="cpu"):
-    """`collect` or `play`, in laps of the phase's name: steps/s, the first eighth left out."""
-    turns = turns or Turns({})
-    agent, _ = agent_and_optimizer(capacity, device)
-
-    def after_step(rounds):
-        turns.lap(phase, num_envs, *(floors if rounds % 16 == 0 else ()))
-        if rounds == max(2, steps // num_envs // 8):
+    def after_step(done):
+        turns.lap(phase, num_envs, *(floors if done % 16 == 0 else ()))
+        if done == rounds // 8:
             turns.forget()
-        if rounds * num_envs >= steps:
+        if done == rounds:
             raise Enough
 
     envs = watched(teacher.AtariEnvs(ROM, num_envs, 0.0, life_loss=False), after_step)
-    with quiet_folder(), contextlib.suppress(Enough):
+    with quiet_folder():
         if phase == "collection":
-            collect.collect(agent, envs, 2 * steps, 1, False, None, device)
+            collect.collect(agent, envs, 2 * rounds * num_envs, 1, False, None, device)
         else:
             teacher.play(agent, envs, 10**9, 1, False, device)
     return turns.rate(phase)
 
 
-def distillation(capacity, batches, args, turns, floors):
-    """The loop of `actor_distill.py`'s own `main`, cut short, in laps; a quarter is warm-up."""
+def distillation(options, capacity, batch_size, turns, floors):
+    """`actor_distill.py`'s own `main` for 32 batches, in laps; a quarter is warm-up."""
 
     def after_update(count):
-        turns.lap("distillation", args.batch_size, *floors)
-        if count == batches // 4:
+        turns.lap("distillation", batch_size, *floors)
+        if count == 8:
             turns.forget()
-        if count == batches:
+        if count == 32:
             raise Enough
 
-    with quiet_folder(), contextlib.suppress(Enough), after_updates(turns, after_update):
-        flags = distill.Args(
-            capacity=capacity,
-            batch_size=args.batch_size,
-            optimizer="adam",
-            eval_steps=0,
-            buffer_path=args.buffer_path,
-            cuda=False,
-            compile=args.compile,
-            bf16=args.bf16,
-        )
-        distill.main(flags)
+    with quiet_folder(), after_updates(turns, after_update):
+        distill.main(distill.Args(capacity=capacity, batch_size=batch_size, **options))
+    return turns.rate("distillation")
 
 
-def plain_loop(args):
-    """What a newcomer would write, a step a call: stacked observations, DataLoader, NCHW."""
-    with np.load(args.buffer_path) as buffer:
-        rows = buffer["stack_index"][: 32 * args.batch_size]
-        obs = torch.from_numpy(buffer["frames"][rows])
-        targets = torch.from_numpy(buffer["action_probs"][: len(rows)])
-    agent = teacher.Agent("medium", NUM_ACTIONS)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
-    data = torch.utils.data.TensorDataset(obs, targets)
-    loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def work():
-        x, target = next(batches)
-        logits = agent.actor(agent.network(x.float() / 255))
-        loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return len(x)
-
-    return work
-
-
-LOADING = """
-import json, sys, time, tracemalloc
-import numpy as np
-sys.path.insert(0, sys.argv[1])
-import actor_distill
-
-def numpys():
-    names = ("frames", "stack_index", "action_probs", "values", "episode_index")
-    with np.load(sys.argv[2]) as arrays:
-        return [arrays[name] for name in names]
-
-def ours():
-    return actor_distill.load_buffer(sys.argv[2], sys.argv[3])[:5]
-
-rates = []
-for load in (numpys, ours, numpys):
-    start = time.perf_counter()
-    size = sum(array.nbytes for array in load())
-    rates.append(size / (time.perf_counter() - start) / 1e6)
-tracemalloc.start()
-ours()
-print(json.dumps([*rates[1:], tracemalloc.get_traced_memory()[1] / size]))
-"""
-
-
-def loading(buffer_path):
-    """MB/s of `load_buffer` and of `np.load`, and the peak memory of the former over its arrays."""
-    command = [sys.executable, "-c", LOADING, str(ROOT), buffer_path, GAME]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def decision(capacity):
-    """Microseconds from one observation to one action, one thread; multiply-adds; parameters."""
-    agent, _ = agent_and_optimizer(capacity)
-    obs = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
-    multiply_adds = agent.actor.weight.numel()
-    for layer, positions in {0: 20 * 20, 2: 9 * 9, 4: 7 * 7, 7: 1}.items():
-        multiply_adds += agent.network[layer].weight.numel() * positions
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = []
-    with torch.inference_mode():
-        for _ in range(600):
-            start = time.perf_counter()
-            agent(obs)[0].argmax(-1).item()
-            times.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    parameters = sum(parameter.numel() for parameter in agent.parameters())
-    return 1e6 * statistics.median(times[100:]), multiply_adds, parameters
-
-
-def whole_training(processes, threads, script, *flags):
-    """Steps or samples a second that a script logs at its end, its start left out."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def cleanrl(args, iterations=4):
+    """CleanRL's `ppo_atari.py` on the same cores: whole steps/s, without its first iteration."""
+    code = "import ale_py, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
+    script = os.path.abspath(f"{args.cleanrl}/cleanrl/ppo_atari.py")
+    flags = ["--env-id", GAME, "--total-timesteps", str(iterations * 1024), "--no-cuda"]
+    environment = {**os.environ, "PYTHONPATH": os.path.abspath(args.cleanrl)}
+    environment.pop("GOMP_SPINCOUNT", None)  # CleanRL sets none
+    times, printed = [], []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [*command, ROOT / script, *flags, "--eval-steps=0", "--no-cuda"],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        process = subprocess.Popen(
+            [os.path.abspath(args.cleanrl_python), "-u", "-c", code, script, *flags],
+            env=environment,
             cwd=folder,
-            check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        run = next(Path(folder, "runs").iterdir())
-        return EventAccumulator(str(run)).Reload().Scalars("charts/SPS")[-1].value
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("SPS"):
+                times.append(time.perf_counter())
+    if process.wait() or len(times) < 2:
+        sys.exit(f"--cleanrl {args.cleanrl}: failed: {''.join(printed)[-500:]}")
+    return (len(times) - 1) * 1024 / (times[-1] - times[0])
 
 
-def several_processes(args):
-    """Whole trainings by `--processes` and by one process, in turns: a table, two files."""
-    ppo = ["--num-steps=128", "--num-minibatches=8", "--update-epochs=2"]
-    learn = ["--epochs=1", f"--buffer-path={args.buffer_path}", f"--batch-size={args.batch_size}"]
-    phases = {
-        "PPO, high": ("ppo_atari_teacher.py", "--total-timesteps=10_240", *ppo),
-        "PPO, low": ("ppo_atari_teacher.py", "--total-timesteps=20_480", "--capacity=low", *ppo),
-        "distillation, medium": ("actor_distill.py", *learn),
-        "distillation, low": ("actor_distill.py", "--capacity=low", *learn),
-    }
-    measured, table = {name: [] for name in phases}, []
-    for _ in range(args.repeats):
-        for name, command in phases.items():
-            one = whole_training(1, args.processes, *command)
-            measured[name].append((one, whole_training(args.processes, 1, *command)))
-    for name, pairs in measured.items():
-        one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios = sorted(b / a for a, b in pairs)
-        table.append((name, one, several, statistics.median(ratios), ratios[0], ratios[-1]))
-    command = " ".join(["python", "benchmark/speed.py", *sys.argv[1:]])
-    machine = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
-    result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine}
-    result |= {"torch": torch.__version__, "flags": vars(args), "rates": measured}
-    lines = [f"`{command}`, {result['date']}, {machine}, torch {torch.__version__}, medians."]
-    n = args.processes
-    lines += [
-        "",
-        f"| training | 1 process, {n} threads | {n} processes, 1 thread | ratio (range) |",
-    ]
-    lines.append("|---|---|---|---|")
-    form = "| {} | {:,.0f} /s | {:,.0f} /s | {:.2f} ({:.2f} to {:.2f}) |"
-    lines += [form.format(*row) for row in table]
-    path = Path(args.results, "speed-processes")
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def main(args):
-    if args.processes > 1:
-        return several_processes(args)
-    started = time.time()
+def side_by_side(args, add):
+    """Phases, floors and peers on a CPU."""
     teacher.set_up_torch(1, False)
+    games, epochs = ("games", "forward"), 2
+    shape = (args.num_envs, args.num_envs * 128 // args.batch_size, epochs, 2)
+    options = {"eval_steps": 0, "cuda": False, "compile": args.compile}
+    forms = {"": options, ", bf16": {**options, "bf16": True}} if args.bf16 else {"": options}
     floors = {
-        "env": environment_alone(args.num_envs),
+        "games": games_alone(args.num_envs),
         "forward": forward_alone("high", args.num_envs),
-        "plain loop": plain_loop(args),
-        **{c: update_alone(c, args.batch_size) for c in CAPACITIES},
+        "plain loop": plain_loop(args.batch_size),
+        **{capacity: update_alone(capacity, args.batch_size) for capacity in CAPACITIES},
     }
     for work in floors.values():
         work()
-    measured, epochs, games = {}, 2, ("env", "forward")
-
-    def add(name, rate, floor, unit="steps/s"):
-        """One repeat's rate of a phase and of its floor."""
-        measured.setdefault((name, unit), []).append((rate, floor))
-
-    def in_turn(*rates):
-        """The rate of doing the same work in each of several ways, one after another."""
-        return 1 / sum(1 / rate for rate in rates)
-
-    for repeat in range(1, args.repeats + 1):
-        print(f"{time.time() - started:4.0f} s  repeat {repeat} of {args.repeats}", file=sys.stderr)
-        turns, minibatches = Turns(floors), args.num_envs * 128 // args.batch_size
-        ppo_script(args, args.num_envs, minibatches, epochs, 2, turns, games, ("high",))
-        rollout, update = turns.rate("rollout"), turns.rate("update")
-        play_floor, update_floor = in_turn(*map(turns.rate, games)), turns.rate("high")
-        add("rollout, high", rollout, play_floor)
-        add("PPO update, high", update, update_floor, "samples/s")
-        whole_floor = in_turn(play_floor, update_floor / epochs)
-        add(f"PPO whole, {epochs} epochs", in_turn(rollout, update / epochs), whole_floor)
-        for phase in ("collection", "evaluation"):
+    for _ in range(args.repeats):
+        for form, options in forms.items() if args.phases else ():
             turns = Turns(floors)
-            rate = playing(phase, "high", args.num_envs, 2048, turns, games)
-            add(f"{phase}, high", rate, in_turn(*map(turns.rate, games)))
-        for capacity in CAPACITIES:
+            play, update = ppo(options, *shape, turns, games, ("high",))
+            least, floor = in_turn(*map(turns.rate, games)), turns.rate("high")
+            add(f"rollout, high{form}", "steps/s", play, "floor", least)
+            add(f"PPO update, high{form}", "samples/s", update, "floor", floor)
+            play, least = in_turn(play, update / epochs), in_turn(least, floor / epochs)
+            add(f"PPO whole, {epochs} epochs{form}", "steps/s", play, "floor", least)
+        for phase in ("collection", "evaluation") if args.phases else ():
             turns = Turns(floors)
-            peers = (capacity, "plain loop") if capacity == "medium" else (capacity,)
-            distillation(capacity, 24, args, turns, peers)
-            rate = turns.rate("distillation")
-            add(f"distillation, {capacity}", rate, turns.rate(capacity), "samples/s")
-            if capacity == "medium":
-                add("plain loop", rate, turns.rate("plain loop"), "samples/s")
-        ours, numpys, peak = loading(args.buffer_path)
-        add("loading a buffer", ours, numpys, "MB/s")
+            rate = playing(phase, args.num_envs, turns, games)
+            add(f"{phase}, high", "steps/s", rate, "floor", in_turn(*map(turns.rate, games)))
+        for capacity in CAPACITIES if args.phases else ("medium",):
+            peers = ["plain loop"] if capacity == "medium" else []
+            for form, options in forms.items():
+                turns = Turns(floors)
+                rate = distillation(options, capacity, args.batch_size, turns, [capacity, *peers])
+                what = f"distillation, {capacity}{form}"
+                add(what, "samples/s", rate, "floor", turns.rate(capacity))
+                for peer in peers:
+                    add(what, "samples/s", rate, peer, turns.rate(peer))
         if args.cleanrl:
-            turns = Turns({})
-            ppo_script(args, 8, 4, 4, 4, turns)
-            rate = in_turn(turns.rate("rollout"), turns.rate("update") / 4)
-            add("CleanRL", rate, cleanrl_script(args))
+            rates = [ppo(options, 8, 4, 4, 4, Turns({})) for options in forms.values()]
+            theirs = cleanrl(args)
+            for form, (play, update) in zip(forms, rates, strict=True):
+                rate = in_turn(play, update / 4)
+                add(f"PPO, high, 8 games{form}", "steps/s", rate, "CleanRL", theirs)
 
-    table, peers = [], {}
-    for (name, unit), pairs in measured.items():
-        rate, floor = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(rate / floor for rate, floor in pairs)
-        row = {"phase": name, "unit": unit, "rate": rate, "floor": floor, "ratio": ratio}
-        table.append(row)
-        if name in ("plain loop", "CleanRL"):
-            peers[name] = row
-    decisions = {c: decision(c) for c in CAPACITIES}
-    result = {
-        "command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "seconds": round(time.time() - started),
-        "flags": vars(args),
-        "table": table,
-        "rates and floors of each repeat": {name: pairs for (name, _), pairs in measured.items()},
-        "peak memory of loading over the arrays": peak,
-        "decisions": decisions,
-        "peak memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }
-    head = (
-        "`{command}`, {date}, {cores} cores with {instructions}, {threads} torch threads, torch "
-        "{torch}, medians of {flags[repeats]} repeats, {seconds} s."
-    )
-    lines = [head.format(**result), "", "| phase | rate | its floor | ratio |", "|---|---|---|---|"]
-    form = "| {phase} | {rate:,.0f} {unit} | {floor:,.0f} | {ratio:.2f} |"
-    lines += [form.format(**row) for row in table if row["phase"] not in peers]
-    text = (
-        f"Loading takes {peak:.2f} times the arrays' size at its peak. Medium distillation runs at "
-        f"{peers['plain loop']['ratio']:.2f} times a plain PyTorch loop."
-    )
-    if args.cleanrl:
-        text += (
-            " With 8 games, 128 steps, 4 minibatches and 4 epochs, PPO runs at {rate:,.0f} steps/s "
-            "and CleanRL's `ppo_atari.py` at {floor:,.0f}: {ratio:.2f} times as fast."
-        ).format(**peers["CleanRL"])
-    lines += ["", text, "", "| one decision, 1 thread | high | medium | low |", "|---|---|---|---|"]
-    for i, label in enumerate(("µs", "multiply-adds", "parameters")):
-        cells = " | ".join(f"{decisions[c][i]:,.0f}" for c in CAPACITIES)
-        lines.append(f"| {label} | {cells} |")
-    Path(args.results, "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(args.results, "speed.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+def whole_run(command, processes=1, threads=None):
+    """Steps or samples a second of a script's own run, its first third left out."""
+    python, environment = [sys.executable], dict(os.environ)
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    script, *flags = command.split()
+    words = [*python, ROOT / script, *flags, "--eval-steps=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"cwd": folder, "env": environment, "text": True, "capture_output": True}
+        run = subprocess.run(words, check=False, **options)
+        if run.returncode:
+            sys.exit(f"{command}: failed: {run.stderr[-500:]}")
+        (events,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(events)).Reload().Scalars("charts/SPS")
+    steps, times = np.array([(event.step, event.wall_time) for event in events]).T
+    late = steps >= steps[-1] / 3
+    return np.ptp(steps[late]) / np.ptp(times[late])
+
+
+def whole_runs(args, add):
+    """On a GPU plain and with flags; on a CPU by several processes of one thread, and by one."""
+    flags = [" --compile", " --bf16", " --bf16 --compile"] if args.bf16 else [" --compile"]
+    for name, command in (ON_GPU if args.gpu else ON_CPU).items():
+        unit = "samples/s" if "distil" in name else "steps/s"
+        for _ in range(args.repeats):
+            if args.gpu:
+                plain = whole_run(command)
+                for more in flags:
+                    add(f"{name},{more}", unit, whole_run(command + more), "plain", plain)
+            else:
+                n = args.processes
+                one = whole_run(f"{command} --no-cuda", 1, n)
+                several = whole_run(f"{command} --no-cuda", n, 1)
+                add(f"{name}, {n} processes", unit, several, f"1 process, {n} threads", one)
+    if args.gpu:
+        device = teacher.set_up_torch(1, True)
+        for games, _ in itertools.product((16, 128), range(args.repeats)):
+            rate = playing("collection", games, Turns({}), rounds=2000, device=device)
+            add(f"collection, high, {games} games", "steps/s", rate)
+
+
+def table(result):
+    """Markdown of a line of the file: medians, and of the ratios the range too."""
+    lines = [f"`{result['command']}`, {result['machine']}. {result.get('note', '')}", ""]
+    lines += ["| measured | rate | beside | its rate | ratio |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = [row["what"], f"{statistics.median(row['rates']):,.0f} {row['unit']}"]
+        if row["beside"]:
+            ratios = [a / b for a, b in zip(row["rates"], row["its rates"], strict=True)]
+            cells += [row["beside"], f"{statistics.median(row['its rates']):,.0f}"]
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+            cells.append(f"{statistics.median(ratios):.2f} {spread}".strip())
+        lines.append(f"| {' | '.join([*cells, '', '', ''][:5])} |")
+    return "\n".join([*lines, ""])
+
+
+def main(args):
+    if not args.repeats:
+        lines = Path(args.results).read_text().splitlines()
+        return print("\n".join(table(json.loads(line)) for line in lines))
+    if args.gpu and not torch.cuda.is_available():
+        sys.exit("--gpu: torch finds no GPU")
+    rows = {}
+
+    def add(what, unit, rate, beside=None, its_rate=None):
+        """One repeat's rate of what is measured, and of what it is measured beside."""
+        about = {"what": what, "unit": unit, "beside": beside, "rates": [], "its rates": []}
+        row = rows.setdefault((what, beside), about)
+        row["rates"].append(float(rate))
+        row["its rates"] += [float(its_rate)] if beside else []
+        print(f"{what}: {rate:,.0f} {unit}, {beside}: {its_rate or 0:,.0f}", file=sys.stderr)
+
+    (whole_runs if args.gpu or args.processes > 1 else side_by_side)(args, add)
+    machine = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores with "
+    machine += f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, Python "
+    machine += f"{platform.python_version()}, repeats: {args.repeats}"
+    machine += f", {torch.cuda.get_device_name()}" if args.gpu else ""
+    result = {"command": " ".join(["python", "benchmark/speed.py", *sys.argv[1:]])}
+    result |= {"machine": machine, "rows": list(rows.values())}
+    with open(args.results, "a") as file:
+        file.write(json.dumps(result) + "\n")
+    print("\n" + table(result))
 
 
 if __name__ == "__main__":

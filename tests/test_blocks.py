@@ -74,9 +74,12 @@ def test_finetuning_differs_from_the_teacher_by_what_it_changes():
     assert 0 < len(result.stdout.splitlines()) < 150
 
     teacher, student = vars(ppo_atari_teacher.Args()), vars(finetune_student.Args())
-    changed = {name for name in teacher if teacher[name] != student[name]}
-    assert changed == {"exp_name", "capacity", "save_path", "total_timesteps"}
-    assert student.keys() - teacher.keys() == {"student_path", "fit_critic"}
+    changed = {name for name in teacher if teacher[name] != student.get(name, teacher[name])}
+    recipe = {"total_timesteps", "learning_rate", "num_steps", "update_epochs", "num_minibatches"}
+    recipe |= {"clip_coef", "clip_vloss", "ent_coef", "vf_coef"}
+    assert changed == recipe | {"exp_name", "capacity", "save_path"}
+    assert student.keys() - teacher.keys() == {"student_path", "kl_coef", "fit_critic"}
+    assert teacher.keys() - student.keys() == {"target_kl"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

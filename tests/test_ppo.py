@@ -268,15 +268,34 @@ def test_finetuning_fits_the_critic_once(fit, monkeypatch):
     """Before its first update, which learns from the values that the fit gives."""
     fits = recorded(monkeypatch, finetune, "fit_critic")
     losses = recorded(monkeypatch, finetune, "ppo_loss")
-    checkpoint = {
-        "global_step": 0,
-        "model": opinionated_agent(teacher.Agent, "low", 6).state_dict(),
-    }
+    student = opinionated_agent(teacher.Agent, "low", 6).state_dict()
+    checkpoint = {"global_step": 0, "model": student, "student": student}
     trained(finetune, checkpoint, fit_critic=fit, total_timesteps=128, update_epochs=1)
     assert len(fits) == fit
     if fit:
         old_values = torch.cat([inputs[6] for inputs, _ in losses[:2]])
         assert torch.equal(old_values.sort()[0], fits[0][1][:-1].flatten().sort()[0])
+
+
+def test_finetuning_is_pulled_to_the_student(monkeypatch):
+    """By KL(policy ‖ student) on the rollout's observations, with a weight that falls to 0."""
+    policy, student = (opinionated_agent(teacher.Agent, "low", 6) for _ in range(2))
+
+    def distances(kl_coef, rate):
+        played = recorded(monkeypatch, finetune.AtariVectorEnv, "step")
+        models = {"model": policy.state_dict(), "student": student.state_dict()}
+        flags = {"kl_coef": kl_coef, "learning_rate": rate, "total_timesteps": 256, "num_envs": 8}
+        trained(finetune, {"global_step": 0, **models}, fit_critic=False, **flags)
+        return played, [x for _, x in tensorboard_scalars("log")["losses/student_kl"]][-2:]
+
+    played, (logged, _) = distances(1.0, 1e-20)
+    obs = torch.from_numpy(np.concatenate([played[i][1][0] for i in range(15)]))
+    with torch.no_grad():
+        policies = [Categorical(logits=agent(obs)[0]) for agent in (policy, student)]
+    expected = torch.distributions.kl_divergence(*policies).mean()
+    assert logged == pytest.approx(expected.item(), rel=0.15), "but for the first observation"
+    free, pulled = (distances(kl_coef, 3e-4)[1] for kl_coef in (0.0, 10.0))
+    assert pulled[1] < 0.8 * free[1]
 
 
 class Stripes:

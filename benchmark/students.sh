@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The students of one strong teacher, by all defaults, and what fine-tuning is worth to a low one. Each run
+# is recorded in benchmark/results/students/, from which `python benchmark/tables.py` makes the tables.
+#
+#     bash benchmark/students.sh QbertNoFrameskip-v4 qbert_acktr.pt "1 2 3"
+#
+# Arguments: the game, the teacher's file, of another project, and the seeds. The teacher is evaluated before
+# its play is recorded. All fine-tuning begins with the first seed's student. What is there is not run again,
+# and what was stopped goes on.
+set -euo pipefail
+game=$1 teacher=$2 seeds=$3
+short=${game%NoFrameskip-v4} name=${teacher##*/} first=${seeds%% *}
+short=${short,,} name=${name%.*}
+name=${short}_${name#"${short}_"}
+results=benchmark/results/students/$name.jsonl weights=checkpoints/$game buffer=buffers/$name.npz
+export OMP_NUM_THREADS=1
+
+run() {  # name, script, flags; the time of what was stopped counts too
+    local line=$1 experiment=${name}_$1
+    ! grep -qs "^{\"name\": \"$line\"," "$results" || return 0
+    set -- "${@:2}" --env-id "$game" --exp-name "$experiment"
+    mkdir -p "$weights"
+    echo "== $line: python $*"
+    /usr/bin/time --quiet --append --output "$weights/$experiment.times" --format %U python "$@"
+    python benchmark/record.py "$(ls -dt runs/"${game}__${experiment}__"* | head -n 1)" "$results" --name "$line" \
+        --command "python $*" --seconds "$(awk '{ sum += $1 } END { print sum }' "$weights/$experiment.times")"
+}
+
+path() { echo "$weights/${name}_$1.pt"; }
+
+buffer_flags="--teacher-path $teacher --buffer-path $buffer --num-samples 540_000 --num-envs 128"
+run teacher collect_buffer.py $buffer_flags --eval-steps 200_000 --overwrite
+[[ -e $buffer ]] || python collect_buffer.py --env-id "$game" $buffer_flags --eval-steps 0
+for seed in $seeds; do
+    for capacity in low medium; do
+        run "ad_${capacity}_$seed" actor_distill.py --buffer-path "$buffer" --capacity $capacity --seed "$seed" \
+            --save-path "$(path "ad_${capacity}_$seed")" --resume --eval-steps 100_000
+    done
+    run "tuned_low_$seed" finetune_student.py --student-path "$(path "ad_low_$first")" --capacity low --seed "$seed" \
+        --save-path "$(path "tuned_low_$seed")" --resume --eval-steps 100_000 --total-timesteps 270_000
+done

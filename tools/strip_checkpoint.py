@@ -1,0 +1,19 @@
+"""Copy a checkpoint for shipping: without what only a resume needs, its weights in float16.
+
+    python tools/strip_checkpoint.py checkpoints/PongNoFrameskip-v4/ppo_high.pt \\
+        pretrained/PongNoFrameskip-v4/ppo_high.pt
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    for name in ("optimizer", "rng", "last_model"):
+        checkpoint.pop(name, None)
+    checkpoint["model"] = {name: x.half().contiguous() for name, x in checkpoint["model"].items()}
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, target)
