@@ -316,10 +316,11 @@ def students_table(strong):
     return table(columns, rows)
 
 
-def settings_table(runs):
+def settings_table(settings):
     """A row for each setting of distillation that was tried, its seeds side by side."""
     rows = []
     about = operator.itemgetter("question", "student", "flags")
+    runs = [x for x in settings if "reverse_kl" in x]
     for (question, student, flags), group in itertools.groupby(runs, about):
         seeds = list(group)
         digits = 2 if abs(seeds[0]["mean"]) < 100 else 0
@@ -328,6 +329,17 @@ def settings_table(runs):
         rows.append([question, student, f"`{flags}`" if flags else "defaults", distances, scores])
     columns = "question | student | flags | KL(student ‖ teacher) of each seed | score of each seed"
     return table(columns, rows)
+
+
+def recipes_table(settings):
+    """A row for each recipe of fine-tuning that was tried, each of one seed."""
+    rows = []
+    for x in settings:
+        if x["question"] == "fine-tuning":
+            digits = 2 if x["mean"] < 100 else 0
+            score, low, high = (f"{y:,.{digits}f}" for y in (x["mean"], *x["ci95"]))
+            rows.append([x["student"], x["flags"], f"{score} ({low} to {high})"])
+    return table("student | fine-tuned by | score (95% interval)", rows)
 
 
 def proxies(strong):
@@ -476,6 +488,7 @@ def tables(games, strong, settings):
         "tuning": tuning_table(games, strong),
         "students": students_table(strong),
         "settings": settings_table(settings),
+        "recipes": recipes_table(settings),
         "proxies": proxies_table(strong),
     }
 
@@ -483,8 +496,13 @@ def tables(games, strong, settings):
 def main(args):
     games, strong, settings = load(Path(args.results))
     for name, text in tables(games, strong, settings).items():
-        Path(args.results, f"{name}.md").write_text(text)
-        print(f"{name}.md\n\n{text}")
+        path = Path(args.results, f"{name}.md")
+        path.write_text(text)
+        for page in (Path("README.md"), *Path("docs").glob("*.md")):  # which show some of them
+            start, end = f"<!-- {path} -->\n", "<!-- end -->"
+            before, found, after = page.read_text().partition(start)
+            if found:
+                page.write_text(before + start + text + end + after.partition(end)[2])
     if args.figures:
         direct = ten_panels(games, draw_direct, "thousand steps")
         tuning = ten_panels(games, draw_tuning, "thousand steps of fine-tuning")

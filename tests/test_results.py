@@ -33,7 +33,7 @@ def cells(text, label):
 
 
 @pytest.mark.parametrize(
-    "name", ["games", "aggregates", "tuning", "students", "settings", "proxies"]
+    "name", ["games", "aggregates", "tuning", "students", "settings", "recipes", "proxies"]
 )
 def test_a_table_equals_what_its_files_give(name, made):
     assert made[name] == (RESULTS / f"{name}.md").read_text()
