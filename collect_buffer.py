@@ -344,7 +344,7 @@ def load_teacher(path, env_id, num_actions):
         "Stable-Baselines3 DQN": (*(f"q_net.{layer}" for layer in cnn), "q_net.q_net.0"),
     }
     fix = f"make one with `python ppo_atari_teacher.py --env-id {env_id}`, or pass one of CleanRL, "
-    fix += "Kostrikov or Stable-Baselines3 (README: any teacher)"
+    fix += "Kostrikov or Stable-Baselines3 (README: your own teacher)"
     try:
         file = path
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are none

@@ -6,9 +6,9 @@
     python finetune_student.py --eval-only checkpoints/PongNoFrameskip-v4/finetuned_medium.pt
 
 `diff ppo_atari_teacher.py finetune_student.py` shows what changes in PPO. The critic, which Green,
-Vineyard & Koç (2019), arXiv:1901.08128, leave random, is first fitted to a rollout's returns, and a
-falling weight on KL(policy ‖ student) holds the policy. A step is one action, which the emulator
-repeats for four frames; every total is in steps, summed over the games that are played at once.
+Vineyard & Koç (2019), arXiv:1901.08128, leave random, is first fitted to a rollout's returns. A
+falling weight on KL(policy ‖ student) holds the policy near the student. PPO's defaults are not the
+paper's, which the README has. A step is one action, of four frames; totals are over all games.
 """
 
 import copy
@@ -305,10 +305,10 @@ def ppo_loss(
 def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
     """Replace the critic's layer by the ridge regression of a rollout's returns on its features.
 
-    Returns V, float32 [T + 1, N], which is its own target, as the returns are V plus the advantages
-    that `gae` makes of it. `obs` is uint8 [T, N, 84, 84, 4], the rest as in `gae`.
+    The returns hold V itself, by `gae`, so V and returns take turns. Returns V, float32 [T + 1, N],
+    the last of `last_obs`. `obs` is uint8 [T, N, 84, 84, 4], the rest as in `gae`.
     """
-    features = []
+    features = []  # the critic's inputs
     hook = agent.critic.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     for step_obs in (*obs, last_obs):
         agent(step_obs.permute(0, 3, 1, 2))
@@ -317,7 +317,7 @@ def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
     gram = sum_over_processes(x[:-1].flatten(0, 1).T @ x[:-1].flatten(0, 1))
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     values = torch.zeros(x.shape[:2])
-    for _ in range(50):  # each time V is nearer to its returns: an error of its mean, by a sixth
+    for _ in range(50):  # V and returns take turns; each turn an error of the mean shrinks by 1/6
         advantages = gae(rewards, values[:-1], dones, values[-1], gamma, gae_lambda)
         moments = torch.einsum("tnf,tn->f", x[:-1], (advantages + values[:-1]).double())
         weights = torch.linalg.solve(gram, sum_over_processes(moments))
@@ -337,17 +337,17 @@ def sum_over_processes(x):
 def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     """PPO: play, estimate advantages, update, over and over. Returns the trained agent.
 
-    Goes on from `checkpoint`, and keeps in it what the last whole iteration has led to. Of
-    torchrun's processes each plays its own games and learns from them, with averaged gradients;
-    process 0 alone logs, to `writer`, and saves.
+    Goes on from `checkpoint`, and keeps in it what the last whole iteration has led to. Its
+    "student" holds the weights that KL(policy ‖ student) is measured to. Of torchrun's processes
+    each plays and learns from its own games, with averaged gradients; process 0 logs and saves.
     """
     num_envs = args.num_envs // world_size
     envs = AtariEnvs(rom, num_envs, args.repeat_action_probability, life_loss=True)
     agent = Agent(args.capacity, len(envs.action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    student = copy.deepcopy(agent)
-    student.load_state_dict(checkpoint["student"])
+    agent.load_state_dict(checkpoint["student"])
+    student = copy.deepcopy(agent)  # stays as it is, for KL(policy ‖ student)
     restore(checkpoint, agent, optimizer)
     learner, loss_function = agent, ppo_loss
     if world_size > 1:  # starts from the weights of process 0, and averages the gradients
@@ -364,7 +364,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     actions = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
     values = torch.empty(shape, device=device)
-    student_logprobs = torch.empty((*shape, len(envs.action_meanings)), device=device)
     forced = torch.empty(shape, dtype=torch.bool, device=device)
     rewards = torch.empty(shape)
     dones = torch.empty(shape)
@@ -389,7 +388,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                 obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
                 forced[step] = torch.from_numpy(envs.forced)
                 logits, values[step] = agent(obs[step].permute(0, 3, 1, 2))
-                student_logprobs[step] = student(obs[step].permute(0, 3, 1, 2))[0].log_softmax(-1)
                 actions[step] = action = sample_actions(logits)
                 logprobs[step] = log_prob(logits, action)
                 next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
@@ -413,7 +411,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         if args.fit_critic and global_step == batch_size:  # after the first rollout
             last_obs = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
             fitted = fit_critic(agent, obs, last_obs, rewards, dones, args.gamma, args.gae_lambda)
-            values, last_values = fitted[:-1].to(device), fitted[-1]
+            values[:], last_values = fitted[:-1], fitted[-1]
 
         # estimate advantages
         advantages = gae(rewards, values.cpu(), dones, last_values, args.gamma, args.gae_lambda)
@@ -427,7 +425,9 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         b_obs = obs.flatten(0, 1)
         b_actions = actions.flatten()
         b_logprobs = logprobs.flatten()
-        b_student_logprobs = student_logprobs.flatten(0, 1)
+        with torch.no_grad(), autocast:
+            parts = b_obs.permute(0, 3, 1, 2).chunk(args.num_minibatches)
+            b_student_logprobs = torch.cat([student(x)[0].log_softmax(-1) for x in parts])
         b_advantages = advantages.flatten()
         b_returns = returns.flatten()
         b_values = values.flatten()
@@ -708,17 +708,17 @@ def main(args):
     writer = None
     if args.resume and os.path.exists(args.save_path):
         checkpoint = load_training(args.save_path, "finetuned", args)
+        args.student_path = checkpoint["args"]["student_path"]
     else:
         shipped = f"distilled_{args.capacity}.pt"
         args.student_path = find_input(args.student_path, Args.student_path, shipped, args)
         fix = f"make one with `python actor_distill.py --env-id {args.env_id}`"
-        student, agent = load_checkpoint(args.student_path, args.env_id, fix)
-        if student["args"].get("loss") == "mse":
+        saved, agent = load_checkpoint(args.student_path, args.env_id, fix)
+        if saved["args"].get("loss") == "mse":
             sys.exit(f"{args.student_path}: has Q-values, no policy; distil with --loss kl or nll")
-        if student["capacity"] != args.capacity:
-            sys.exit(f"{args.student_path}: pass its --capacity {student['capacity']}")
-        checkpoint = {"global_step": 0, "model": student["model"], "student": student["model"]}
-        checkpoint["teacher"] = student.get("teacher")
+        if saved["capacity"] != args.capacity:
+            sys.exit(f"{args.student_path}: pass its --capacity {saved['capacity']}")
+        checkpoint = {"global_step": 0, "student": saved["model"], "teacher": saved.get("teacher")}
     args.teacher = (checkpoint["teacher"] or {}).get("sha256")  # no flag: for W&B's config
     if rank == 0:
         lock_output(args.save_path, args.overwrite or args.resume)
@@ -730,8 +730,8 @@ def main(args):
 
     try:
         if rank == 0 and args.eval_steps and not checkpoint["global_step"]:
-            student["global_step"] = 0
-            before = evaluate(agent, rom, args, student, writer, device, "eval_before")
+            saved["global_step"] = 0
+            before = evaluate(agent, rom, args, saved, writer, device, "eval_before")
             checkpoint["evaluation_before"] = before
         agent = train(args, rom, checkpoint, writer, device, rank, world_size)
         if rank == 0 and args.eval_steps:

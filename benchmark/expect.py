@@ -31,6 +31,8 @@ COMMANDS = (
 
 
 def main():
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     machine = f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}"
     machine += f", torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, one run each"
     lines = [f"`python benchmark/expect.py`, {machine}.", ""]

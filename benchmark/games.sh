@@ -10,6 +10,7 @@
 # and what was stopped goes on. In a clone without the teacher's own file the one of pretrained/ serves,
 # save Pong's, which learned longer: without the line of its `teacher` a new one is trained.
 set -euo pipefail
+trap 'exit 130' INT TERM
 game=$1 budget=$2 seeds=$3 only=${4:-.*}
 results=benchmark/results/games/${game%NoFrameskip-v4}.jsonl weights=checkpoints/$game
 buffer=buffers/${game}_games.npz teacher=$weights/teacher.pt first=${seeds%% *}
@@ -39,12 +40,17 @@ for capacity in medium low; do
     run "direct_${capacity}_$first" ppo_atari_teacher.py --capacity $capacity $direct
     for seed in $seeds; do
         if wanted "ad_${capacity}_$seed" && [[ ! -e $buffer ]]; then
-            python collect_buffer.py --env-id "$game" --teacher-path "$teacher" --buffer-path "$buffer" \
+            python collect_buffer.py --env-id "$game" --teacher-path "$teacher" --buffer-path "$buffer.part.npz" \
                 --num-samples 135_000 --num-envs 32
+            mv "$buffer.part.npz" "$buffer"
         fi
         run "ad_${capacity}_$seed" actor_distill.py --buffer-path "$buffer" --capacity $capacity --seed "$seed"
-        # these begin with the student of pretrained/, unless checkpoints/ has one at the default path
-        run "tuned_${capacity}_$seed" finetune_student.py --capacity $capacity --total-timesteps 270_000 --seed "$seed"
-        run "tuned1m_${capacity}_$seed" finetune_student.py --capacity $capacity --total-timesteps 1_000_000 --seed "$seed"
+    done
+    # these begin with the student of pretrained/, unless checkpoints/ has one at the default path; other
+    # seeds than the students', or the evaluation before would be the games by which that one was chosen
+    for seed in 4 5 6; do
+        tuned="finetune_student.py --capacity $capacity --seed $seed --total-timesteps"
+        run "tuned_${capacity}_$seed" $tuned 270_000
+        run "tuned1m_${capacity}_$seed" $tuned 1_000_000
     done
 done

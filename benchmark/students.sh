@@ -8,6 +8,7 @@
 # its play is recorded. All fine-tuning begins with the first seed's student. What is there is not run again,
 # and what was stopped goes on.
 set -euo pipefail
+trap 'exit 130' INT TERM
 game=$1 teacher=$2 seeds=$3
 short=${game%NoFrameskip-v4} name=${teacher##*/} first=${seeds%% *}
 short=${short,,} name=${name%.*}

@@ -4,7 +4,7 @@
     pip install -r benchmark/requirements.txt && python benchmark/tables.py --figures
 
 `results/games/{game}.jsonl` holds the runs of `games.sh`, `results/students/{game}_{teacher}.jsonl`
-a strong teacher and its students, by `students.sh` and by earlier versions. What is not there yet is
+a strong teacher and its students, by `students.sh`. What is not there yet is
 a dash. An interval is a 95% percentile bootstrap over seeds and, within each seed, over its games.
 """
 
@@ -24,10 +24,6 @@ import tyro
 class Args:
     figures: bool = False
     """also draw the pictures"""
-    results: str = "benchmark/results"
-    """folder to read from, and of the tables"""
-    pictures: str = "benchmark/figures"
-    """folder of the pictures"""
 
 
 # random and human scores of DQN Zoo (github.com/google-deepmind/dqn_zoo), and the paper's Table 3
@@ -56,7 +52,7 @@ ROWS = {
 # the paper's geometric mean over ten games of each row, in percent of the teacher
 PAPER = (100, 88, 94, 100, 84, 85, 89)
 # how a strong teacher's student learned, and its name before the capacity
-WAYS = {"defaults": "ad", "earlier defaults": "earlier", "paper's path": "paper"}
+WAYS = {"defaults": "ad", "without start and slow rise": "earlier", "paper's path": "paper"}
 COLORS = {"medium": "C4", "low": "C0"}
 PROXIES = {
     "reverse_kl": "KL(student ‖ teacher), nats",
@@ -83,7 +79,7 @@ def load(results):
 
 
 def find(lines, name):
-    """The lines of a name, or of a name and a seed, by seed."""
+    """The lines of a name, or of a name, a seed and perhaps a number of a repeat, by seed."""
     found = [x for x in lines if re.fullmatch(rf"{name}(_\d+)*", x["name"])]
     return sorted(found, key=lambda x: x["seed"])
 
@@ -152,6 +148,7 @@ def interquartile_mean(games, *means):
     for game, seeds in zip(games, means, strict=True):
         random, human = REFERENCE[game][:2]
         # sixty of each game, so that one to six seeds weigh the same
+        assert 60 % seeds.shape[1] == 0, "seeds that do not divide 60"
         scores.append(np.tile((seeds - random) / (human - random), 60 // seeds.shape[1]))
     scores = np.sort(np.concatenate(scores, 1))
     quarter = scores.shape[1] // 4
@@ -191,25 +188,23 @@ def games_table(games):
 
 
 def aggregates_table(games):
-    """Each policy over the games in which it was evaluated."""
+    """Each policy over all games, where it was evaluated in all of them."""
     columns = (
-        "policy | games | seeds | geometric mean, % of the teacher (95% interval) | the paper's % "
+        "policy | seeds | of the teacher, geometric mean (95% interval) | in the paper "
         "| human-normalised interquartile mean (95% interval)"
     )
     rows = []
     for (row, name), paper in zip(ROWS.items(), PAPER, strict=True):
-        shown = [game for game, lines in games.items() if find(lines, name)]
-        found = [find(games[game], name) for game in shown]
-        if not shown:
-            rows.append([row, *"–––", f"{paper}%", "–"])
+        found = [find(lines, name) for lines in games.values()]
+        if not all(found):
+            rows.append([row, *"––", f"{paper}%", "–"])
             continue
         samples = [returns(lines) for lines in found]
-        teachers = [returns(find(games[game], "teacher")) for game in shown]
-        shares = estimate(functools.partial(geometric_mean, shown), *samples, *teachers)
-        middle = estimate(functools.partial(interquartile_mean, shown), *samples)
+        teachers = [returns(find(lines, "teacher")) for lines in games.values()]
+        shares = estimate(functools.partial(geometric_mean, list(games)), *samples, *teachers)
+        middle = estimate(functools.partial(interquartile_mean, list(games)), *samples)
         cells = (
             row,
-            str(len(shown)),
             " to ".join(str(count) for count in sorted({len(lines) for lines in found})),
             "100%" if name == "teacher" else "{:.0f}% ({:.0f}% to {:.0f}%)".format(*shares),
             f"{paper}%",
@@ -220,7 +215,7 @@ def aggregates_table(games):
 
 
 def student_of(lines, capacity):
-    """The evaluations of a student before its fine-tuning, of all runs, as one sample."""
+    """The student's evaluations before its fine-tuning, pooled: one policy, so one sample."""
     tuned = find(lines, f"tuned_{capacity}") or find(lines, f"tuned1m_{capacity}")
     return [np.concatenate([x["before"]["returns"] for x in tuned])]
 
@@ -241,12 +236,12 @@ def tuning_row(label, files, capacity, score, zero=0):
         teachers = [returns(find(lines, "teacher")) for lines in files]
         exact = [seed_means(seeds) for seeds in students + teachers]
         before = score(*exact)[0]
-        gain, low, high = estimate(
-            lambda *x: score(*x[:n], *x[2 * n :]) - score(*x[n:]),
-            *map(returns, found),
-            *students,
-            *teachers,
-        )
+
+        def difference(*means):
+            tuned, student, teacher = means[:n], means[n : 2 * n], means[2 * n :]
+            return score(*tuned, *teacher) - score(*student, *teacher)
+
+        gain, low, high = estimate(difference, *map(returns, found), *students, *teachers)
         digits = 0 if before >= 1000 else 1 if before >= 100 else 2
         cells.append(f"{before + gain:,.{digits}f} ({min(map(len, found))})")
         cells.append(f"{gain:+,.{digits}f} ({low:+,.{digits}f} to {high:+,.{digits}f})")
@@ -270,12 +265,11 @@ def tuning_table(games, strong):
             [game for game, lines in games.items() if find(lines, f"{kind}_{capacity}")]
             for kind in ("tuned", "tuned1m")
         )
-        for shown in [short] + [long] * (long != short):
-            if shown:
-                label = f"geometric mean of {len(shown)} games, % of the teacher"
-                files = [games[game] for game in shown]
-                score = functools.partial(geometric_mean, shown)
-                rows.append(tuning_row(label, files, capacity, score))
+        for shown in filter(None, [short] if short == long else [short, long]):
+            label = f"geometric mean of {len(shown)} games, % of the teacher"
+            files = [games[game] for game in shown]
+            score = functools.partial(geometric_mean, shown)
+            rows.append(tuning_row(label, files, capacity, score))
     return table(columns, rows)
 
 
@@ -292,7 +286,8 @@ def students_table(strong):
             continue
         x, y = teacher[0], found[0]
         digits = 2 if abs(x["mean"]) < 100 else 0
-        shares = estimate(lambda x, y: mean(x) / mean(y), returns(found), returns(teacher))
+        share_of = functools.partial(geometric_mean, [title.split(",")[0]])
+        shares = estimate(share_of, returns(found), returns(teacher))
         if "fresh" in y:
             epochs, games = y["epochs"], "fresh"
             distances = [z["fresh"]["reverse_kl"] for z in found]
@@ -308,7 +303,7 @@ def students_table(strong):
             f"{y.get('samples', 540_000):,} × {epochs}",
             ", ".join(f"{z['mean']:,.{digits}f}" for z in found),
             f"{np.mean([z['mean'] for z in found]):,.{digits}f}",
-            "**{:.0%}** ({:.0%} to {:.0%})".format(*shares),
+            "**{:.0f}%** ({:.0f}% to {:.0f}%)".format(*shares),
             f"{np.mean(distances):.3f}, {games}",
             "; ".join(machines.values()) or f"{found[-1]['seconds'] or np.nan:,.0f} s",
         )
@@ -336,10 +331,10 @@ def recipes_table(settings):
     rows = []
     for x in settings:
         if x["question"] == "fine-tuning":
-            digits = 2 if x["mean"] < 100 else 0
+            digits = 2 if abs(x["mean"]) < 100 else 0
             score, low, high = (f"{y:,.{digits}f}" for y in (x["mean"], *x["ci95"]))
             rows.append([x["student"], x["flags"], f"{score} ({low} to {high})"])
-    return table("student | fine-tuned by | score (95% interval)", rows)
+    return table("student | fine-tuned by | score (95% interval, of its games)", rows)
 
 
 def proxies(strong):
@@ -402,7 +397,8 @@ def draw_tuning(axes, lines):
     """Returns over fine-tuning, and the levels of the student that it began with and its teacher."""
     for capacity, color in COLORS.items():
         if tuned := find(lines, f"tuned_{capacity}"):
-            curves = np.array([curve(x) for x in tuned])
+            # the first games to end are the short ones
+            curves = np.array([curve(x) for x in tuned])[:, :, 20:]
             for one in curves:
                 axes.plot(*one, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(*curves.mean(0), color=color, label=capacity)
@@ -431,7 +427,7 @@ def heat_map(games):
 
 
 def epochs_figure(strong):
-    """Score and distance over the epochs, by the earlier defaults: the shape of the paper's Fig. 3."""
+    """Score and distance over the epochs, by one loss: the shape of the paper's Fig. 3."""
     import matplotlib.pyplot as plt
 
     others = r"earlier_\w+_\d+epochs"
@@ -494,14 +490,16 @@ def tables(games, strong, settings):
 
 
 def main(args):
-    games, strong, settings = load(Path(args.results))
+    results = Path("benchmark/results")
+    games, strong, settings = load(results)
     for name, text in tables(games, strong, settings).items():
-        path = Path(args.results, f"{name}.md")
+        path = results / f"{name}.md"
         path.write_text(text)
         for page in (Path("README.md"), *Path("docs").glob("*.md")):  # which show some of them
             start, end = f"<!-- {path} -->\n", "<!-- end -->"
             before, found, after = page.read_text().partition(start)
             if found:
+                assert end in after, f"{page}: no {end} after {start}"
                 page.write_text(before + start + text + end + after.partition(end)[2])
     if args.figures:
         direct = ten_panels(games, draw_direct, "thousand steps")
@@ -510,7 +508,7 @@ def main(args):
         figures |= {"students_epochs": epochs_figure(strong)}
         figures |= {"students_proxies": proxies_figure(strong)}
         for name, figure in figures.items():
-            figure.savefig(Path(args.pictures, f"{name}.png"), dpi=110)
+            figure.savefig(f"benchmark/figures/{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -221,8 +221,8 @@ def test_two_iterations_equal_a_plain_computation(run):
     assert min(norms) < 0.3 < max(norms), "some gradients were bounded, and some were not"
     assert len({tuple(order.tolist()) for order in run.orders}) == len(run.orders) == 6
     for name, weight in agent.state_dict().items():
-        moved = (weight - start[name]).abs().max()
-        torch.testing.assert_close(run.weights[name], weight, atol=0.02 * moved, rtol=0)
+        moved, error = (weight - start[name]).norm(), (weight - run.weights[name]).norm()
+        assert error < 0.02 * moved, name
     rates = [rate for _, rate in run.scalars["charts/learning_rate"]]
     logged = [x for _, x in run.scalars["losses/explained_variance"]]
     assert rates == pytest.approx([1e-3, 5e-4]) and logged == pytest.approx(explained, rel=1e-3)
