@@ -215,62 +215,54 @@ def aggregates_table(games):
 
 
 def student_of(lines, capacity):
-    """The student's evaluations before its fine-tuning, pooled: one policy, so one sample."""
-    tuned = find(lines, f"tuned_{capacity}") or find(lines, f"tuned1m_{capacity}")
-    return [np.concatenate([x["before"]["returns"] for x in tuned])]
+    """The student's evaluations before all its fine-tuning: one policy, so one sample."""
+    return [np.concatenate([x["before"]["returns"] for x in find(lines, f"tuned_{capacity}")])]
 
 
-def tuning_row(label, files, capacity, score, zero=0):
-    """What fine-tuning is worth to the students of some games; a dash where a game has no runs.
+def tuning_cells(files, name, capacity, score, zero=0):
+    """Of the students of some games: their score, when tuned, and the difference; or dashes.
 
     `score` maps the means of seeds, of the games' policies and of their teachers, to [draws];
     percentages are of what it is above `zero`.
     """
-    n, before, cells = len(files), None, []
-    for kind in ("tuned", "tuned1m"):
-        found = [find(lines, f"{kind}_{capacity}") for lines in files]
-        if not all(found):
-            cells += "–––"
-            continue
-        students = [student_of(lines, capacity) for lines in files]
-        teachers = [returns(find(lines, "teacher")) for lines in files]
-        exact = [seed_means(seeds) for seeds in students + teachers]
-        before = score(*exact)[0]
+    found, n = [find(lines, f"{name}_{capacity}") for lines in files], len(files)
+    if not files or not all(found):
+        return [*"–––"]
+    students = [student_of(lines, capacity) for lines in files]
+    teachers = [returns(find(lines, "teacher")) for lines in files]
+    before = score(*map(seed_means, students + teachers))[0]
 
-        def difference(*means):
-            tuned, student, teacher = means[:n], means[n : 2 * n], means[2 * n :]
-            return score(*tuned, *teacher) - score(*student, *teacher)
+    def difference(*means):
+        tuned, student, teacher = means[:n], means[n : 2 * n], means[2 * n :]
+        return score(*tuned, *teacher) - score(*student, *teacher)
 
-        gain, low, high = estimate(difference, *map(returns, found), *students, *teachers)
-        digits = 0 if before >= 1000 else 1 if before >= 100 else 2
-        cells.append(f"{before + gain:,.{digits}f} ({min(map(len, found))})")
-        cells.append(f"{gain:+,.{digits}f} ({low:+,.{digits}f} to {high:+,.{digits}f})")
-        cells.append(f"{gain / (before - zero):+.1%}")
-    return [label, capacity, "–" if before is None else f"{before:,.{digits}f}", *cells]
+    gain, low, high = estimate(difference, *map(returns, found), *students, *teachers)
+    digits = 0 if before >= 1000 else 1 if before >= 100 else 2
+    share = f"{gain / (before - zero):+.1%}"
+    return [
+        f"{before:,.{digits}f}",
+        f"{before + gain:,.{digits}f} ({min(map(len, found))})",
+        f"{share}: {gain:+,.{digits}f} ({low:+,.{digits}f} to {high:+,.{digits}f})",
+    ]
 
 
-def tuning_table(games, strong):
-    """What fine-tuning is worth: each game, strong teachers' students, and the geometric means."""
-    columns = "game | student | its score"
-    for steps in ("270,000", "1,000,000"):
-        columns += f" | tuned for {steps} steps (seeds) | difference (95% interval) | in %"
+def tuning_table(games, strong, name):
+    """What fine-tuning is worth in each game, to strong teachers' students, and on the whole."""
+    parts = (f"{x}'s score | tuned (seeds) | difference (95% interval)" for x in COLORS)
     rows = []
     for label, lines in {**games, **strong}.items():
+        zero = min(0, REFERENCE[label.split(",")[0]][0])
+        row = [label]
         for capacity in COLORS:
-            if label in games or find(lines, rf"tuned\w*_{capacity}"):
-                zero = min(0, REFERENCE[label.split(",")[0]][0])
-                rows.append(tuning_row(label, [lines], capacity, lambda x, _: mean(x), zero))
+            row += tuning_cells([lines], name, capacity, lambda x, _: mean(x), zero)
+        rows.append(row)
+    row = ["geometric mean, % of the teachers"]
     for capacity in COLORS:
-        short, long = (
-            [game for game, lines in games.items() if find(lines, f"{kind}_{capacity}")]
-            for kind in ("tuned", "tuned1m")
-        )
-        for shown in filter(None, [short] if short == long else [short, long]):
-            label = f"geometric mean of {len(shown)} games, % of the teacher"
-            files = [games[game] for game in shown]
-            score = functools.partial(geometric_mean, shown)
-            rows.append(tuning_row(label, files, capacity, score))
-    return table(columns, rows)
+        shown = [game for game, lines in games.items() if find(lines, f"{name}_{capacity}")]
+        score = functools.partial(geometric_mean, shown)
+        row += tuning_cells([games[game] for game in shown], name, capacity, score)
+    rows = [row for row in (*rows, row) if set(row[1:]) != {"–"}]
+    return table(f"game | {' | '.join(parts)}", rows)
 
 
 def students_table(strong):
@@ -481,7 +473,8 @@ def tables(games, strong, settings):
     return {
         "games": games_table(games),
         "aggregates": aggregates_table(games),
-        "tuning": tuning_table(games, strong),
+        "tuning": tuning_table(games, strong, "tuned"),
+        "tuning1m": tuning_table(games, strong, "tuned1m"),
         "students": students_table(strong),
         "settings": settings_table(settings),
         "recipes": recipes_table(settings),

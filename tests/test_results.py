@@ -33,7 +33,8 @@ def cells(text, label):
 
 
 @pytest.mark.parametrize(
-    "name", ["games", "aggregates", "tuning", "students", "settings", "recipes", "proxies"]
+    "name",
+    ["games", "aggregates", "tuning", "tuning1m", "students", "settings", "recipes", "proxies"],
 )
 def test_a_table_equals_what_its_files_give(name, made):
     assert made[name] == (RESULTS / f"{name}.md").read_text()
@@ -103,19 +104,22 @@ def test_tuning_is_compared_with_the_student_of_all_runs():
     pong = [run("teacher", [19.3])]  # 40 above random
     pong += [run("tuned_low_1", [17.3, 17.3], [13.3, 15.3]), run("tuned_low_2", [19.3], [14.3])]
     enduro = [run("teacher", [100]), run("tuned_low_1", [99], [90]), run("tuned1m_low_1", [108])]
-    text = tables.tuning_table({"Pong": pong, "Enduro": enduro}, {"Pong, x": pong})
+    games, strong = {"Pong": pong, "Enduro": enduro, "Qbert": []}, {"Pong, x": pong}
+    short, long = (tables.tuning_table(games, strong, name) for name in ("tuned", "tuned1m"))
     for label in ("Pong", "Pong, x"):
-        row = cells(text, label)[-1]
-        assert row[:3] == ["low", "14.30", "18.30 (2)"] and row[4:] == ["+11.4%", *"–––"]
-        assert re.match(r"\+4\.00 \(\+[23]\.\d\d to \+[45]", row[3])
-    row = "low | 90.00 | 99.00 (1) | +9.00 (+9.00 to +9.00) | +10.0% | 108.00 (1) | "
-    row += "+18.00 (+18.00 to +18.00) | +20.0%"
-    assert cells(text, "Enduro") == [["medium", *"–––––––"], row.split(" | ")]
+        (row,) = cells(short, label)
+        assert row[:5] == [*"–––", "14.30", "18.30 (2)"]
+        assert re.match(r"\+11\.4%: \+4\.00 \(\+[23]\.\d\d to \+[45]", row[5])
+    difference = "+10.0%: +9.00 (+9.00 to +9.00)"
+    assert cells(short, "Enduro") == [[*"–––", "90.00", "99.00 (1)", difference]]
+    assert cells(short, "Qbert") == [], "no runs, no row"
     student, tuned = (100 * (x * y) ** 0.5 for x, y in ((35 / 40, 0.9), (39 / 40, 0.99)))
-    label = "geometric mean of {} games, % of the teacher"
-    row = " | ".join(cells(text, label.format(2))[0])
-    assert row.startswith(f"low | {student:.2f} | {tuned:.2f} (1) | +{tuned - student:.2f} (")
-    assert cells(text, label.format(1))[0][1] == "90.00"
+    label = "geometric mean, % of the teachers"
+    (row,) = cells(short, label)
+    assert row[3:5] == [f"{student:.2f}", f"{tuned:.2f} (1)"]
+    assert f": +{tuned - student:.2f} (" in row[5]
+    assert cells(long, label)[0][3:5] == ["90.00", "108.00 (1)"]
+    assert cells(long, "Pong") == []
 
 
 def test_a_run_is_recorded_as_one_line(tmp_path):
