@@ -168,8 +168,8 @@ def test_finetuning_starts_from_the_student(chain):
     before = checkpoint_of(chain, "actor_distill.py")["model"]
     after = checkpoint_of(chain, "finetune_student.py")
     shared = [name for name in before if not name.startswith("critic")]
-    for name in shared:  # 16 updates of Adam at 3e-4 move no weight further than this
-        assert 0 < (after["model"][name] - before[name]).abs().max() < 16 * 3.3e-4, name
+    for name in shared:  # 16 updates of Adam at 1e-3 move no weight further than this
+        assert 0 < (after["model"][name] - before[name]).abs().max() < 16 * 1.1e-3, name
     student = checkpoint_of(chain, "actor_distill.py")["evaluation"]
     assert after["evaluation_before"] == student
 

@@ -171,6 +171,7 @@ def test_two_processes_train_a_teacher():
 def test_two_processes_finetune_a_student():
     """Both fit the same critic, to the returns of both."""
     flags = [*PPO, "--student-path=low.pt", "--eval-steps=0"]
+    flags += ["--kl-coef=0", "--ent-coef=0.01", "--vf-coef=0.5"]
     seen = two_processes(finetune, *flags)
     saved = check_ppo(seen, [6, 6])
     student = torch.load("low.pt", weights_only=True)["model"]
