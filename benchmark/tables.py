@@ -256,12 +256,17 @@ def tuning_table(games, strong, name):
         for capacity in COLORS:
             row += tuning_cells([lines], name, capacity, lambda x, _: mean(x), zero)
         rows.append(row)
-    row = ["geometric mean, % of the teachers"]
-    for capacity in COLORS:
-        shown = [game for game, lines in games.items() if find(lines, f"{name}_{capacity}")]
-        score = functools.partial(geometric_mean, shown)
-        row += tuning_cells([games[game] for game in shown], name, capacity, score)
-    rows = [row for row in (*rows, row) if set(row[1:]) != {"–"}]
+    left_out = {"geometric mean, % of the teachers": (), "without Enduro": ("Enduro",)}
+    left_out |= {"without those that chose the recipe": ("Breakout", "Qbert")}
+    for label, without in left_out.items():
+        row = [label]
+        for capacity in COLORS:
+            shown = [game for game in games if find(games[game], f"{name}_{capacity}")]
+            shown = [game for game in shown if game not in without]
+            score = functools.partial(geometric_mean, shown)
+            row += tuning_cells([games[game] for game in shown], name, capacity, score)
+        rows.append(row)
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
     return table(f"game | {' | '.join(parts)}", rows)
 
 
