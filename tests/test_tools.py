@@ -138,8 +138,11 @@ def test_eight_bits_change_little_and_play_without_torch(capsys):
         ours, theirs = agent(obs)[0], export_onnx.Session(path)(obs)[0]
     assert distill.kl_divergence(ours.softmax(-1), theirs).mean() < 0.05
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    text = (ROOT / "docs/deploy.md").read_text()
+    code, bound = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace("16", "2").replace("< 32", "< 2")  # enough games to see that it plays
+    code += bound.replace("distilled_low.onnx", path)
+    code += "\nassert np.array_equal(action_probs, session.run(None, {'obs': obs})[0])"
     code += "\nimport sys\nassert not {'torch', 'collect_buffer'} & set(sys.modules)\n"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, text=True)
