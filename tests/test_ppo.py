@@ -278,7 +278,7 @@ def test_finetuning_fits_the_critic_once(fit, monkeypatch):
 
 
 def test_finetuning_is_pulled_to_the_student(monkeypatch):
-    """By KL(policy ‖ student) on the rollout's observations, with a weight that falls to 0."""
+    """By KL(policy ‖ student) on the rollout's observations."""
     policy, student = (opinionated_agent(teacher.Agent, "low", 6) for _ in range(2))
 
     def distances(kl_coef, rate):
@@ -296,6 +296,10 @@ def test_finetuning_is_pulled_to_the_student(monkeypatch):
     assert logged == pytest.approx(expected.item(), rel=0.15), "but for the first observation"
     free, pulled = (distances(kl_coef, 3e-4)[1] for kl_coef in (0.0, 10.0))
     assert pulled[1] < 0.8 * free[1]
+    norms = recorded(monkeypatch, finetune.nn.utils, "clip_grad_norm_")
+    distances(1e6, 1e-20)
+    first, second = np.reshape([float(norm) for _, norm in norms], (2, -1)).mean(1)
+    assert 0.35 < second / first < 0.7, "the weight falls with the rate, here to a half"
 
 
 class Stripes:
