@@ -3,13 +3,14 @@
 # is recorded in benchmark/results/students/, from which `python benchmark/tables.py` makes the tables.
 #
 #     bash benchmark/students.sh QbertNoFrameskip-v4 qbert_acktr.pt "1 2 3"
+#     bash benchmark/students.sh QbertNoFrameskip-v4 qbert_acktr.pt "1 2 3" ".*_low_.*"   # only the runs so named
 #
-# Arguments: the game, the teacher's file, of another project, and the seeds. The teacher is evaluated before
-# its play is recorded. All fine-tuning begins with the first seed's student. What is there is not run again,
-# and what was stopped goes on.
+# Arguments: the game, the teacher's file, of another project, the seeds, and a pattern of names. The teacher
+# is evaluated before its play is recorded. All fine-tuning begins with the first seed's student. What is
+# there is not run again, and what was stopped goes on.
 set -euo pipefail
 trap 'exit 130' INT TERM
-game=$1 teacher=$2 seeds=$3
+game=$1 teacher=$2 seeds=$3 only=${4:-.*}
 short=${game%NoFrameskip-v4} name=${teacher##*/} first=${seeds%% *}
 short=${short,,} name=${name%.*}
 name=${short}_${name#"${short}_"}
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS=1
 
 run() {  # name, script, flags; the time of what was stopped counts too
     local line=$1 experiment=${name}_$1
-    ! grep -qs "^{\"name\": \"$line\"," "$results" || return 0
+    [[ $line =~ ^($only)$ ]] && ! grep -qs "^{\"name\": \"$line\"," "$results" || return 0
     set -- "${@:2}" --env-id "$game" --exp-name "$experiment"
     mkdir -p "$weights"
     echo "== $line: python $*"

@@ -51,8 +51,9 @@ ROWS = {
 }
 # the paper's geometric mean over ten games of each row, in percent of the teacher
 PAPER = (100, 88, 94, 100, 84, 85, 89)
-# how a strong teacher's student learned, and its name before the capacity
-WAYS = {"defaults": "ad", "without start and slow rise": "earlier", "paper's path": "paper"}
+# how a strong teacher's student learned: names before the capacity, the first one there is shown
+# with its mark
+WAYS = {"": {"ad": "", "earlier": " \\*"}, ", the paper's path": {"paper": ""}}
 COLORS = {"medium": "C4", "low": "C0"}
 PROXIES = {
     "reverse_kl": "KL(student ‖ teacher), nats",
@@ -271,41 +272,26 @@ def tuning_table(games, strong, name):
 
 
 def students_table(strong):
-    """A row for each strong teacher, capacity, and way of learning."""
-    columns = (
-        "teacher | its score | student | by | samples × epochs | each seed's score | mean | "
-        "of its teacher (95% interval) | KL(student ‖ teacher), on which games | learned on"
-    )
+    """A row for each strong teacher: each seed's score, and their share of their teacher's."""
     rows = []
-    for (title, lines), capacity, way in itertools.product(strong.items(), COLORS, WAYS):
-        found, teacher = find(lines, f"{WAYS[way]}_{capacity}"), find(lines, "teacher")
-        if not found:
-            continue
-        x, y = teacher[0], found[0]
-        digits = 2 if abs(x["mean"]) < 100 else 0
+    for title, lines in strong.items():
+        teacher = find(lines, "teacher")
+        score, std, episodes = (teacher[0][key] for key in ("mean", "std", "episodes"))
+        digits = 2 if abs(score) < 100 else 0
         share_of = functools.partial(geometric_mean, [title.split(",")[0]])
-        shares = estimate(share_of, returns(found), returns(teacher))
-        if "fresh" in y:
-            epochs, games = y["epochs"], "fresh"
-            distances = [z["fresh"]["reverse_kl"] for z in found]
-        else:
-            epochs, games = len(y["curve"]["validation/reverse_kl"]), "held-out"
-            distances = [z["curve"]["validation/reverse_kl"][-1] for z in found]
-        machines = {z["learned_on"].split(",")[0]: z["learned_on"] for z in found if "fresh" in z}
-        cells = (
-            title,
-            f"{x['mean']:,.{digits}f} ± {x['std']:,.{digits}f}, {x['episodes']} games",
-            capacity,
-            way,
-            f"{y.get('samples', 540_000):,} × {epochs}",
-            ", ".join(f"{z['mean']:,.{digits}f}" for z in found),
-            f"{np.mean([z['mean'] for z in found]):,.{digits}f}",
-            "**{:.0f}%** ({:.0f}% to {:.0f}%)".format(*shares),
-            f"{np.mean(distances):.3f}, {games}",
-            "; ".join(machines.values()) or f"{found[-1]['seconds'] or np.nan:,.0f} s",
-        )
-        rows.append(cells)
-    return table(columns, rows)
+        row = [title, f"{score:,.{digits}f} ± {std:,.{digits}f}, {episodes} games"]
+        for capacity, ways in itertools.product(COLORS, WAYS.values()):
+            marks = {mark: find(lines, f"{name}_{capacity}") for name, mark in ways.items()}
+            mark, found = next((x for x in marks.items() if x[1]), ("", []))
+            if found:
+                scores = ", ".join(f"{x['mean']:,.{digits}f}" for x in found)
+                shares = estimate(share_of, returns(found), returns(teacher))
+                row.append("{}{}: **{:.0f}%** ({:.0f}% to {:.0f}%)".format(scores, mark, *shares))
+            else:
+                row.append("–")
+        rows.append(row)
+    columns = (f"{capacity}{way}" for capacity, way in itertools.product(COLORS, WAYS))
+    return table(f"teacher | its score | {' | '.join(columns)}", rows)
 
 
 def settings_table(settings):
