@@ -240,9 +240,10 @@ def tuning_cells(files, name, capacity, score, zero=0):
     gain, low, high = estimate(difference, *map(returns, found), *students, *teachers)
     digits = 0 if before >= 1000 else 1 if before >= 100 else 2
     share = f"{gain / (before - zero):+.1%}"
+    seeds = " to ".join(map(str, sorted(set(map(len, found)))))
     return [
         f"{before:,.{digits}f}",
-        f"{before + gain:,.{digits}f} ({min(map(len, found))})",
+        f"{before + gain:,.{digits}f} ({seeds})",
         f"{share}: {gain:+,.{digits}f} ({low:+,.{digits}f} to {high:+,.{digits}f})",
     ]
 
