@@ -116,7 +116,7 @@ def test_tuning_is_compared_with_the_student_of_all_runs():
     student, tuned = (100 * (x * y) ** 0.5 for x, y in ((35 / 40, 0.9), (39 / 40, 0.99)))
     label = "geometric mean, % of the teachers"
     (row,) = cells(short, label)
-    assert row[3:5] == [f"{student:.2f}", f"{tuned:.2f} (1)"]
+    assert row[3:5] == [f"{student:.2f}", f"{tuned:.2f} (1 to 2)"]
     assert f": +{tuned - student:.2f} (" in row[5]
     assert cells(long, label)[0][3:5] == ["90.00", "108.00 (1)"]
     assert cells(long, "Pong") == []
