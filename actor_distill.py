@@ -22,7 +22,6 @@ import sys
 import time
 import zipfile
 import zlib
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,7 +56,7 @@ class Args:
     cuda: bool = True
     """use a GPU where there is one"""
     compile: bool = False
-    """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
+    """compile network and loss of the updates; on a GPU the network becomes CUDA graphs"""
     bf16: bool = False
     """run the network in bfloat16 in training; slower on CPUs without AVX-512-BF16 or AMX"""
     track: bool = False
@@ -260,7 +259,7 @@ def make_targets(outputs, are_q_values, loss, temperature):
     if loss == "mse":
         return outputs
     if loss == "nll":
-        return nn.functional.one_hot(outputs.argmax(-1), outputs.shape[1]).float()
+        return F.one_hot(outputs.argmax(-1), outputs.shape[1]).float()
     if are_q_values:  # the maximum goes first: dividing would cost large Q-values their last digits
         return ((outputs - outputs.amax(-1, keepdim=True)) / temperature).softmax(-1)
     return outputs if temperature == 1 else (outputs.log() / temperature).softmax(-1)
@@ -283,7 +282,7 @@ def split_episodes(episode_index, fraction, seed):
 
 
 def unlike_training(frames, stack_index, train_rows, held_out):
-    """The held-out rows whose observation is no training row's; many are, as games start alike."""
+    """The held-out rows whose observation no training row has; games start alike, so some do."""
     # four checksums as one key of 16 bytes, so that isin compares whole observations
     checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
     observations = checksums[stack_index].view("V16").ravel()
@@ -305,27 +304,21 @@ def validate(agent, get_batch, rows, loss_functions):
     `agreement`, the share in which both find the same action best; `entropy_gap`, the student's
     entropy less the targets'; `value_loss`, half the critic's squared error.
     """
-    names = (*loss_functions, "agreement", "entropy_gap", "value_loss")
     sums = 0
     for batch in rows.split(1024):
         obs, targets, target_values = get_batch(batch)
         logits, values = agent(obs)
-        agrees = logits.argmax(-1) == targets.argmax(-1)
         student = logits.softmax(-1)
-        teacher = targets
-        if "mse" in loss_functions:
-            teacher = targets.softmax(-1)
-        entropy_gap = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
-        figures = [divergence(targets, logits) for divergence in loss_functions.values()]
-        figures += [
-            agrees,
-            entropy_gap,
-            0.5 * (values - target_values).square(),
-            torch.ones_like(values),
-        ]
-        sums = sums + torch.stack([figure.sum() for figure in figures])
-    *sums, count = sum_over_processes(sums).tolist()
-    return {f"validation/{name}": x / count for name, x in zip(names, sums, strict=True)}
+        teacher = targets.softmax(-1) if "mse" in loss_functions else targets
+        figures = {name: f(targets, logits) for name, f in loss_functions.items()}
+        figures["agreement"] = logits.argmax(-1) == targets.argmax(-1)
+        figures["entropy_gap"] = teacher.xlogy(teacher).sum(-1) - student.xlogy(student).sum(-1)
+        figures["value_loss"] = 0.5 * (values - target_values).square()
+        figures["count"] = torch.ones_like(values)
+        sums = sums + torch.stack([figure.sum() for figure in figures.values()])
+    totals = dict(zip(figures, sum_over_processes(sums).tolist(), strict=True))
+    count = totals.pop("count")
+    return {f"validation/{name}": total / count for name, total in totals.items()}
 
 
 def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
@@ -337,10 +330,12 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
     """
     frames, stack_index, outputs, teacher_values, episode_index, meta = buffer
     train_rows, held_out = split_episodes(episode_index, args.validation_fraction, args.seed)
-    new = unlike_training(frames, stack_index, train_rows, held_out)
+    novel = unlike_training(frames, stack_index, train_rows, held_out)
     if rank == 0:
-        print(f"held out    {len(held_out):,} samples, {len(new):,} of them unlike any to train on")
-    held_out = new if len(new) else held_out
+        print(
+            f"held out    {len(held_out):,} samples, {len(novel):,} of them unlike any to train on"
+        )
+    held_out = novel if len(novel) else held_out
     held_out = torch.from_numpy(held_out[rank::world_size]).to(device)
     frames = torch.from_numpy(frames).to(device)
     stack_index = torch.from_numpy(stack_index).to(device)
@@ -351,6 +346,7 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
 
     def get_batch(rows):
         """Observations uint8 [B, 4, 84, 84], targets [B, A] and the teacher's values [B]."""
+        # several times as fast as frames[stack_index[rows]], and in channels_last at once
         newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
         obs = torch.stack(newest_last, -1).permute(0, 3, 1, 2)
         return obs, targets[rows], teacher_values[rows]
@@ -406,17 +402,17 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
             with autocast:
                 logits, values = learner(b_obs)
             losses = {name: f(b_targets, logits).mean() for name, f in loss_functions.items()}
+            losses["value_loss"] = 0.5 * (values - b_values).square().mean()
             # from the start on, KL(student || teacher) can end at one action for every observation,
             # where its gradient vanishes
             by_eq3 = args.loss == "reverse_kl" and epochs_done < eq3_epochs
             loss = losses["kl" if by_eq3 else args.loss]
-            value_loss = 0.5 * (values - b_values).square().mean()
             if args.value_coef:
-                loss = loss + args.value_coef * value_loss
+                loss = loss + args.value_coef * losses["value_loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            sums += torch.stack([*losses.values(), value_loss]).detach()
+            sums += torch.stack(list(losses.values())).detach()
             bar.update(batch_size)
 
         validation = validate(agent, get_batch, held_out, loss_functions)
@@ -425,12 +421,12 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
         metrics = validation | {"charts/epoch": epoch, "charts/learning_rate": lr}
         metrics["charts/SPS"] = (epoch - start_epoch) * epoch_samples / (time.time() - start_time)
         means = sum_over_processes(sums / steps) / world_size
-        for name, mean in zip((*loss_functions, "value_loss"), means.tolist(), strict=True):
+        for name, mean in zip(losses, means.tolist(), strict=True):
             metrics[f"losses/{name}"] = mean
         criterion = f"validation/{args.loss}"
         bar.set_postfix_str(f"epoch {epoch}, {criterion} {validation[criterion]:.4f}", False)
         step = epoch * epoch_samples
-        state = training_state(agent, optimizer)
+        state = copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
         update = {"last_epoch": epoch, "last_step": step, "last_model": state["model"]}
         update["optimizer"] = state["optimizer"]
         best = checkpoint.get("validation", {}).get(criterion, math.inf)
@@ -461,8 +457,8 @@ def load_buffer(path, env_id):
                 sys.exit(f"{path}: plays {meta['env_id']}; pass that --env-id, or {fix}")
             kind = meta.get("targets", "action_probs")
             names = ("frames", "stack_index", kind, "values", "episode_index")
-            frames, stack_index, outputs, *rest = (file[name] for name in names)
-        fits = [len(array) == len(stack_index) for array in (outputs, *rest)]
+            frames, stack_index, outputs, values, episode_index = (file[name] for name in names)
+        fits = [len(array) == len(stack_index) for array in (outputs, values, episode_index)]
         fits.append(frames.shape[1:] == (84, 84) and frames.dtype == np.uint8)
         fits.append(0 <= stack_index.min() and stack_index.max() < len(frames))
         fits.append(kind == "q_values" or np.allclose(abs(outputs).sum(1), 1, atol=1e-3))
@@ -470,7 +466,7 @@ def load_buffer(path, env_id):
             raise ValueError("its arrays do not fit each other, or hold no probabilities")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
         sys.exit(f"{path}: no buffer of this project ({error!r:.250}); {fix}")
-    return frames, stack_index, outputs, *rest, meta
+    return frames, stack_index, outputs, values, episode_index, meta
 
 
 @torch.inference_mode()
@@ -621,7 +617,8 @@ def fill_in(path, args):
 
 
 def lock_output(path, replace):
-    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
+    """Keep `path` for this process to write. Exits if another writes it, or if it exists and is not
+    to be replaced."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -640,7 +637,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, env_id, fix):
     """Read a checkpoint of this project, of any phase: the dict, and its Agent; runs no code in it.
 
-    Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
+    Exits where it plays another game than `env_id` or, with the advice `fix`, cannot be used.
     """
     try:
         assert zipfile.ZipFile(path).testzip() is None, "damaged: a checksum is wrong"
@@ -654,14 +651,9 @@ def load_checkpoint(path, env_id, fix):
     return {**saved, "checkpoint": path}, agent
 
 
-def training_state(agent, optimizer):
-    """A copy of the weights and the optimiser's state."""
-    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
-
-
 def load_training(path, phase, args):
     """The checkpoint of a training to go on with; exits if these flags would make it another."""
-    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite")
+    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite without --resume")
     if saved["phase"] != phase or "optimizer" not in saved:
         sys.exit(f"{path}: holds no training of phase {phase}; pass another path")
     for name in ("capacity", "seed", "optimizer", "validation_fraction"):
@@ -672,7 +664,7 @@ def load_training(path, phase, args):
 
 
 def restore(checkpoint, agent, optimizer):
-    """Put back what `training_state` copied, or as much of it as `checkpoint` holds."""
+    """Put back weights and the optimiser's state, as much of it as `checkpoint` holds."""
     if "model" in checkpoint:
         agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
     if "optimizer" in checkpoint:
@@ -698,7 +690,7 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
+        torch.distributed.init_process_group()
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
@@ -739,8 +731,8 @@ def main(args):
         print(f"kept        epoch {checkpoint['epoch']}: {', '.join(figures)}")
         print(f"wrote       {args.save_path}")
         if args.loss != "mse":  # which gives PPO no policy to start from
-            command = f"finetune_student.py --capacity {args.capacity} --student-path"
-            print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
+            command = f"finetune_student.py --env-id {args.env_id} --capacity {args.capacity}"
+            print(f"next        python {command} --student-path {args.save_path}")
         taught = (meta.get("teacher") or {}).get("evaluation")
         print(f"student     {compare(checkpoint.get('evaluation'), taught)}")
 

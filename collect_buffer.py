@@ -76,9 +76,9 @@ class Args:
     overwrite: bool = False
     """replace `buffer_path` if it exists"""
 
-    # Evaluation, of a teacher whose file holds none
+    # Evaluation
     eval_steps: NonNegativeInt = 100_000
-    """steps of the evaluation before the collection, plus what finishes its games; 0 skips it"""
+    """steps of evaluating a teacher whose file holds no evaluation; 0 skips it"""
     eval_greedy: bool = False
     """evaluate the most probable action instead of sampling from the policy"""
 
@@ -288,19 +288,19 @@ def collect(agent, envs, num_samples, seed, greedy, epsilon, device, writer=None
             played = step + 1
             bar.update(n)
             game_return += reward
-            for e in np.flatnonzero(ended):
-                if writer:
-                    writer.add_scalar("charts/episodic_return", game_return[e], n * played)
-                game_return[e] = 0
+            if writer:
+                for total in game_return[ended]:
+                    writer.add_scalar("charts/episodic_return", total, n * played)
+            game_return[ended] = 0
     except KeyboardInterrupt:
         print("\nstopped     what is recorded becomes a shorter buffer", file=sys.stderr)
 
     # close the gaps that Ctrl-C leaves between the slots, in place, as frames take much memory
     rows = (first[:, None] + np.arange(played)).ravel()
     position = np.zeros(1 + n * steps, np.int32)
-    position[1 + rows] = 1 + np.arange(len(rows))
     for new, old in enumerate(rows, 1):
         frames[new] = frames[1 + old]
+        position[1 + old] = new
     kept = rows[is_sample[rows]]
     env_index = (kept // steps).astype(np.int32)
     # a game begins with each slot's stretch, and after each game's end
@@ -362,16 +362,16 @@ def load_teacher(path, env_id, num_actions):
             if copied or name.startswith("q_net_target."):
                 del found[name]
         layers = {name.rpartition(".")[0] for name in found}
-        kinds = [kind for kind, names in layouts.items() if layers == set(names)]
-        if not kinds:
+        kind = next((kind for kind, names in layouts.items() if layers == set(names)), None)
+        if kind is None:
             raise ValueError(f"its layers are {', '.join(sorted(layers))}")
         weights = {}
-        for ours, theirs in zip((*network, "actor", "critic"), layouts[kinds[0]], strict=False):
+        for ours, theirs in zip((*network, "actor", "critic"), layouts[kind], strict=False):
             for part in ("weight", "bias"):
                 weights[f"{ours}.{part}"] = found[f"{theirs}.{part}"]
         widths = tuple(len(weights[f"{layer}.bias"]) for layer in network)
         agent = Agent(widths, num_actions)
-        agent.load_state_dict(weights, strict="DQN" not in kinds[0])  # those have no critic
+        agent.load_state_dict(weights, strict="DQN" not in kind)  # those have no critic
     except pickle.UnpicklingError:
         sys.exit(f"{path}: damaged, or a pickled module instead of plain tensors; {fix}")
     except Exception as error:  # noqa: BLE001, as foreign files can raise anything
@@ -380,9 +380,9 @@ def load_teacher(path, env_id, num_actions):
         "checkpoint": path,
         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "env_id": env_id,
-        "phase": saved.get("phase", kinds[0]),
+        "phase": saved.get("phase", kind),
         "capacity": saved.get("capacity", "-".join(map(str, widths))),
-        "args": saved.get("args", {"loss": "mse"} if "DQN" in kinds[0] else {}),
+        "args": saved.get("args", {"loss": "mse"} if "DQN" in kind else {}),
         "global_step": saved.get("global_step", 0),
         "evaluation": saved.get("evaluation"),
     }
@@ -537,7 +537,8 @@ def fill_in(path, args):
 
 
 def lock_output(path, replace):
-    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
+    """Keep `path` for this process to write. Exits if another writes it, or if it exists and is not
+    to be replaced."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)

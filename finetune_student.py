@@ -56,7 +56,7 @@ class Args:
     cuda: bool = True
     """use a GPU where there is one"""
     compile: bool = False
-    """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
+    """compile network and loss of the updates; on a GPU the network becomes CUDA graphs"""
     bf16: bool = False
     """run the network in bfloat16 in training; slower on CPUs without AVX-512-BF16 or AMX"""
     track: bool = False
@@ -306,18 +306,18 @@ def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
     """Replace the critic's layer by the ridge regression of a rollout's returns on its features.
 
     The returns hold V itself, by `gae`, so V and returns take turns. Returns V, float32 [T + 1, N],
-    the last of `last_obs`. `obs` is uint8 [T, N, 84, 84, 4], the rest as in `gae`.
+    the last of `last_obs`. `obs` is uint8 [T, N, 4, 84, 84], the rest as in `gae`.
     """
     features = []  # the critic's inputs
     hook = agent.critic.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     for step_obs in (*obs, last_obs):
-        agent(step_obs.permute(0, 3, 1, 2))
+        agent(step_obs)
     hook.remove()
-    x = nn.functional.pad(torch.stack(features).double().cpu(), (0, 1), value=1.0)  # for the bias
+    x = F.pad(torch.stack(features).double().cpu(), (0, 1), value=1.0)  # for the bias
     gram = sum_over_processes(x[:-1].flatten(0, 1).T @ x[:-1].flatten(0, 1))
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     values = torch.zeros(x.shape[:2])
-    for _ in range(50):  # V and returns take turns; each turn an error of the mean shrinks by 1/6
+    for _ in range(50):  # by the defaults each turn shrinks an error of the mean by 1/6
         advantages = gae(rewards, values[:-1], dones, values[-1], gamma, gae_lambda)
         moments = torch.einsum("tnf,tn->f", x[:-1], (advantages + values[:-1]).double())
         weights = torch.linalg.solve(gram, sum_over_processes(moments))
@@ -338,7 +338,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     """PPO: play, estimate advantages, update, over and over. Returns the trained agent.
 
     Goes on from `checkpoint`, and keeps in it what the last whole iteration has led to. Its
-    "student" holds the weights that KL(policy ‖ student) is measured to. Of torchrun's processes
+    "student" holds the weights that KL(policy ‖ student) is measured from. Of torchrun's processes
     each plays and learns from its own games, with averaged gradients; process 0 logs and saves.
     """
     num_envs = args.num_envs // world_size
@@ -358,9 +358,9 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     shape = (args.num_steps, num_envs)
-    # stored as [T, N, 84, 84, 4]: permute(0, 3, 1, 2) then is a view with the channels last, which
-    # the network wants; so they are rearranged once, not in every pass
-    obs = torch.empty((*shape, 84, 84, 4), dtype=torch.uint8, device=device)
+    # in memory the channels are last, as the network wants them: rearranged once, not in every pass
+    pixels = torch.empty((*shape, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = pixels.permute(0, 1, 4, 2, 3)  # the same memory, as [T, N, 4, 84, 84]
     actions = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
     values = torch.empty(shape, device=device)
@@ -385,9 +385,9 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         # play
         with torch.no_grad(), autocast:
             for step in range(args.num_steps):
-                obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
+                obs[step] = torch.from_numpy(next_obs).to(device)
                 forced[step] = torch.from_numpy(envs.forced)
-                logits, values[step] = agent(obs[step].permute(0, 3, 1, 2))
+                logits, values[step] = agent(obs[step])
                 actions[step] = action = sample_actions(logits)
                 logprobs[step] = log_prob(logits, action)
                 next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
@@ -409,7 +409,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
             last_values = agent(torch.from_numpy(next_obs).to(device))[1].cpu()
 
         if args.fit_critic and global_step == batch_size:  # after the first rollout
-            last_obs = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
+            last_obs = torch.from_numpy(next_obs).to(device)
             fitted = fit_critic(agent, obs, last_obs, rewards, dones, args.gamma, args.gae_lambda)
             values[:], last_values = fitted[:-1], fitted[-1]
 
@@ -422,20 +422,20 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         advantages[forced] = 0  # FIRE was not the policy's choice
 
         # update
-        b_obs = obs.flatten(0, 1)
+        b_pixels = pixels.flatten(0, 1)
         b_actions = actions.flatten()
         b_logprobs = logprobs.flatten()
         with torch.no_grad(), autocast:
-            parts = b_obs.permute(0, 3, 1, 2).chunk(args.num_minibatches)
+            parts = b_pixels.permute(0, 3, 1, 2).chunk(args.num_minibatches)
             b_student_logprobs = torch.cat([student(x)[0].log_softmax(-1) for x in parts])
         b_advantages = advantages.flatten()
         b_returns = returns.flatten()
         b_values = values.flatten()
         statistics = []
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
+            for mb in torch.randperm(len(b_pixels), device=device).chunk(args.num_minibatches):
                 with autocast:
-                    logits, new_values = learner(b_obs.index_select(0, mb).permute(0, 3, 1, 2))
+                    logits, new_values = learner(b_pixels.index_select(0, mb).permute(0, 3, 1, 2))
                 losses = loss_function(
                     logits,
                     new_values,
@@ -462,7 +462,8 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         if not agent(torch.from_numpy(next_obs).to(device))[0].isfinite().all():
             sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
         losses = sum_over_processes(torch.stack(statistics).mean(0)) / world_size
-        checkpoint.update(training_state(agent, optimizer), global_step=global_step)
+        state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.update(copy.deepcopy(state), global_step=global_step)
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         if rank == 0:
             for name, value in zip((*names, "student_kl"), losses.tolist(), strict=True):
@@ -630,7 +631,8 @@ def fill_in(path, args):
 
 
 def lock_output(path, replace):
-    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
+    """Keep `path` for this process to write. Exits if another writes it, or if it exists and is not
+    to be replaced."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -649,7 +651,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, env_id, fix):
     """Read a checkpoint of this project, of any phase: the dict, and its Agent; runs no code in it.
 
-    Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
+    Exits where it plays another game than `env_id` or, with the advice `fix`, cannot be used.
     """
     try:
         assert zipfile.ZipFile(path).testzip() is None, "damaged: a checksum is wrong"
@@ -663,14 +665,9 @@ def load_checkpoint(path, env_id, fix):
     return {**saved, "checkpoint": path}, agent
 
 
-def training_state(agent, optimizer):
-    """A copy of the weights and the optimiser's state."""
-    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
-
-
 def load_training(path, phase, args):
     """The checkpoint of a training to go on with; exits if these flags would make it another."""
-    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite")
+    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite without --resume")
     if saved["phase"] != phase or "optimizer" not in saved:
         sys.exit(f"{path}: holds no training of phase {phase}; pass another path")
     for name in ("capacity", "seed", "optimizer", "validation_fraction"):
@@ -681,7 +678,7 @@ def load_training(path, phase, args):
 
 
 def restore(checkpoint, agent, optimizer):
-    """Put back what `training_state` copied, or as much of it as `checkpoint` holds."""
+    """Put back weights and the optimiser's state, as much of it as `checkpoint` holds."""
     if "model" in checkpoint:
         agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
     if "optimizer" in checkpoint:
@@ -699,7 +696,8 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
+        # the others wait while process 0 evaluates the student
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None

@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,7 +58,7 @@ class Args:
     cuda: bool = True
     """use a GPU where there is one"""
     compile: bool = False
-    """compile network and loss with torch.compile, to CUDA graphs on a GPU"""
+    """compile network and loss of the updates; on a GPU the network becomes CUDA graphs"""
     bf16: bool = False
     """run the network in bfloat16 in training; slower on CPUs without AVX-512-BF16 or AMX"""
     track: bool = False
@@ -111,7 +110,7 @@ class Args:
     update_epochs: PositiveInt = 10
     """passes over a rollout"""
     num_minibatches: PositiveInt = 32
-    """minibatches in a pass; 1024 is the literal reading of the paper's "batch sizes of 32\""""
+    """minibatches in a pass; the paper's "batch sizes of 32" may mean 1024, of 32 samples each"""
     norm_adv: bool = True
     """normalise the advantages, once over the whole rollout"""
     clip_coef: PositiveFloat = 0.1
@@ -329,9 +328,9 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     shape = (args.num_steps, num_envs)
-    # stored as [T, N, 84, 84, 4]: permute(0, 3, 1, 2) then is a view with the channels last, which
-    # the network wants; so they are rearranged once, not in every pass
-    obs = torch.empty((*shape, 84, 84, 4), dtype=torch.uint8, device=device)
+    # in memory the channels are last, as the network wants them: rearranged once, not in every pass
+    pixels = torch.empty((*shape, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = pixels.permute(0, 1, 4, 2, 3)  # the same memory, as [T, N, 4, 84, 84]
     actions = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
     values = torch.empty(shape, device=device)
@@ -356,9 +355,9 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         # play
         with torch.no_grad(), autocast:
             for step in range(args.num_steps):
-                obs[step] = torch.from_numpy(next_obs).to(device).permute(0, 2, 3, 1)
+                obs[step] = torch.from_numpy(next_obs).to(device)
                 forced[step] = torch.from_numpy(envs.forced)
-                logits, values[step] = agent(obs[step].permute(0, 3, 1, 2))
+                logits, values[step] = agent(obs[step])
                 actions[step] = action = sample_actions(logits)
                 logprobs[step] = log_prob(logits, action)
                 next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
@@ -388,7 +387,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         advantages[forced] = 0  # FIRE was not the policy's choice
 
         # update
-        b_obs = obs.flatten(0, 1)
+        b_pixels = pixels.flatten(0, 1)
         b_actions = actions.flatten()
         b_logprobs = logprobs.flatten()
         b_advantages = advantages.flatten()
@@ -396,10 +395,10 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         b_values = values.flatten()
         statistics = []
         for _ in range(args.update_epochs):
-            minibatches = torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches)
+            minibatches = torch.randperm(len(b_pixels), device=device).chunk(args.num_minibatches)
             for mb in minibatches:
                 with autocast:
-                    logits, new_values = learner(b_obs.index_select(0, mb).permute(0, 3, 1, 2))
+                    logits, new_values = learner(b_pixels.index_select(0, mb).permute(0, 3, 1, 2))
                 losses = loss_function(
                     logits,
                     new_values,
@@ -427,7 +426,8 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         if not agent(torch.from_numpy(next_obs).to(device))[0].isfinite().all():
             sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
         losses = sum_over_processes(torch.stack(statistics).mean(0)) / world_size
-        checkpoint.update(training_state(agent, optimizer), global_step=global_step)
+        state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.update(copy.deepcopy(state), global_step=global_step)
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         if rank == 0:
             for name, value in zip(names, losses.tolist(), strict=True):
@@ -585,7 +585,8 @@ def fill_in(path, args):
 
 
 def lock_output(path, replace):
-    """Keep `path` for this process to write; exits if another writes it, or if the file exists."""
+    """Keep `path` for this process to write. Exits if another writes it, or if it exists and is not
+    to be replaced."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         fcntl.flock(os.open(f"{path}.lock", os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -604,7 +605,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, env_id, fix):
     """Read a checkpoint of this project, of any phase: the dict, and its Agent; runs no code in it.
 
-    Where it cannot be used, or plays another game than `env_id`, exits with the advice `fix`.
+    Exits where it plays another game than `env_id` or, with the advice `fix`, cannot be used.
     """
     try:
         assert zipfile.ZipFile(path).testzip() is None, "damaged: a checksum is wrong"
@@ -618,14 +619,9 @@ def load_checkpoint(path, env_id, fix):
     return {**saved, "checkpoint": path}, agent
 
 
-def training_state(agent, optimizer):
-    """A copy of the weights and the optimiser's state."""
-    return copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
-
-
 def load_training(path, phase, args):
     """The checkpoint of a training to go on with; exits if these flags would make it another."""
-    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite")
+    saved, _ = load_checkpoint(path, args.env_id, "pass --overwrite without --resume")
     if saved["phase"] != phase or "optimizer" not in saved:
         sys.exit(f"{path}: holds no training of phase {phase}; pass another path")
     for name in ("capacity", "seed", "optimizer", "validation_fraction"):
@@ -636,7 +632,7 @@ def load_training(path, phase, args):
 
 
 def restore(checkpoint, agent, optimizer):
-    """Put back what `training_state` copied, or as much of it as `checkpoint` holds."""
+    """Put back weights and the optimiser's state, as much of it as `checkpoint` holds."""
     if "model" in checkpoint:
         agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
     if "optimizer" in checkpoint:
@@ -654,7 +650,7 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # evaluations are long
+        torch.distributed.init_process_group()
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
@@ -681,8 +677,8 @@ def main(args):
         sys.exit(f"\nstopped at step {checkpoint['global_step']:,}; pass --resume to go on")
     if rank == 0:
         print(f"wrote       {args.save_path}, trained for {checkpoint['global_step']:,} steps")
-        command = "collect_buffer.py --teacher-path"
-        print(f"next        python {command} {args.save_path} --env-id {args.env_id}")
+        command = f"collect_buffer.py --teacher-path {args.save_path} --env-id {args.env_id}"
+        print(f"next        python {command}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Signals, kills and resumes: nothing is lost but the work since the last save."""
 
+import copy
 import re
 import signal
 import subprocess
@@ -250,7 +251,7 @@ def test_a_loaded_training_goes_on_bit_for_bit():
 
     agent, optimizer = fresh()
     update(agent, optimizer, obs[:3])
-    state = teacher.training_state(agent, optimizer)
+    state = copy.deepcopy({"model": agent.state_dict(), "optimizer": optimizer.state_dict()})
     update(agent, optimizer, obs[3:])
     for moments in state["optimizer"]["state"].values():
         moments |= {name: moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}

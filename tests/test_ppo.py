@@ -242,12 +242,12 @@ def test_the_critic_is_fitted_to_the_returns_that_its_own_values_give():
     """Against many more rounds of NumPy's least squares, the ridge as rows of its own."""
     agent = opinionated_agent(finetune.Agent, "low", 6)
     policy = agent.actor.weight.clone()
-    obs = torch.randint(256, (41, 5, 84, 84, 4), dtype=torch.uint8)
+    obs = torch.randint(256, (41, 5, 4, 84, 84), dtype=torch.uint8)
     rng = np.random.default_rng(3)
     rewards, dones = rng.normal(1, 1, (40, 5)), (rng.random((40, 5)) < 0.02).astype(float)
     tensors = map(torch.from_numpy, (rewards, dones))
     fitted = finetune.fit_critic(agent, obs[:-1], obs[-1], *tensors, 0.99, 0.95)
-    images = obs.flatten(0, 1).permute(0, 3, 1, 2)
+    images = obs.flatten(0, 1)
     with torch.no_grad():
         torch.testing.assert_close(agent(images)[1].view(41, 5), fitted, atol=1e-4, rtol=1e-3)
         hidden = agent.network(images / 255).double().numpy()
