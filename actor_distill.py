@@ -282,7 +282,7 @@ def split_episodes(episode_index, fraction, seed):
 
 
 def unlike_training(frames, stack_index, train_rows, held_out):
-    """The held-out rows whose observation no training row has; games start alike, so some do."""
+    """The held-out rows whose observation no training row has: games start alike."""
     # four checksums as one key of 16 bytes, so that isin compares whole observations
     checksums = np.array([zlib.crc32(frame) for frame in frames], np.uint32)
     observations = checksums[stack_index].view("V16").ravel()
@@ -346,7 +346,7 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
 
     def get_batch(rows):
         """Observations uint8 [B, 4, 84, 84], targets [B, A] and the teacher's values [B]."""
-        # several times as fast as frames[stack_index[rows]], and in channels_last at once
+        # on a CPU several times as fast as frames[stack_index[rows]], and channels_last at once
         newest_last = [frames.index_select(0, index) for index in stack_index[rows].unbind(1)]
         obs = torch.stack(newest_last, -1).permute(0, 3, 1, 2)
         return obs, targets[rows], teacher_values[rows]
