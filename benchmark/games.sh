@@ -52,5 +52,6 @@ for capacity in medium low; do
         tuned="finetune_student.py --capacity $capacity --seed $seed --total-timesteps"
         run "tuned_${capacity}_$seed" $tuned 270_000
         run "tuned1m_${capacity}_$seed" $tuned 1_000_000
+        run "nopull_${capacity}_$seed" $tuned 270_000 --kl-coef 0
     done
 done

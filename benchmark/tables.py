@@ -220,16 +220,21 @@ def student_of(lines, capacity):
     return [np.concatenate([x["before"]["returns"] for x in find(lines, f"tuned_{capacity}")])]
 
 
-def tuning_cells(files, name, capacity, score, zero=0):
+def without_pull(lines, capacity):
+    """The returns of fine-tuning by `--kl-coef 0`."""
+    return returns(find(lines, f"nopull_{capacity}"))
+
+
+def tuning_cells(files, name, capacity, score, zero=0, base=student_of):
     """Of the students of some games: their score, when tuned, and the difference; or dashes.
 
-    `score` maps the means of seeds, of the games' policies and of their teachers, to [draws];
-    percentages are of what it is above `zero`.
+    `base` may find other policies than the students. `score` maps the means of seeds, of the games'
+    policies and of their teachers, to [draws]; percentages are of what it is above `zero`.
     """
     found, n = [find(lines, f"{name}_{capacity}") for lines in files], len(files)
     if not files or not all(found):
         return [*"–––"]
-    students = [student_of(lines, capacity) for lines in files]
+    students = [base(lines, capacity) for lines in files]
     teachers = [returns(find(lines, "teacher")) for lines in files]
     before = score(*map(seed_means, students + teachers))[0]
 
@@ -299,8 +304,7 @@ def settings_table(settings):
     """A row for each setting of distillation that was tried, its seeds side by side."""
     rows = []
     about = operator.itemgetter("question", "student", "flags")
-    runs = [x for x in settings if "reverse_kl" in x]
-    for (question, student, flags), group in itertools.groupby(runs, about):
+    for (question, student, flags), group in itertools.groupby(settings, about):
         seeds = list(group)
         digits = 2 if abs(seeds[0]["mean"]) < 100 else 0
         distances = ", ".join(f"{x['reverse_kl']:.3f}" for x in seeds)
@@ -310,15 +314,25 @@ def settings_table(settings):
     return table(columns, rows)
 
 
-def recipes_table(settings):
-    """A row for each recipe of fine-tuning that was tried, each of one seed."""
-    rows = []
-    for x in settings:
-        if x["question"] == "fine-tuning":
-            digits = 2 if abs(x["mean"]) < 100 else 0
-            score, low, high = (f"{y:,.{digits}f}" for y in (x["mean"], *x["ci95"]))
-            rows.append([x["student"], x["flags"], f"{score} ({low} to {high})"])
-    return table("student | fine-tuned by | score (95% interval, of its games)", rows)
+def recipes_table(games):
+    """`low` fine-tuned without the pull to its student and by the defaults: each seed's score."""
+    ways = ("nopull_low", "tuned_low")
+    shown = {game: lines for game, lines in games.items() if find(lines, ways[0])}
+    rows, squares, degrees = [], np.zeros(2), np.zeros(2)
+    for game, lines in shown.items():
+        seeds = [seed_means(returns(find(lines, way)))[0] for way in ways]
+        digits = 2 if seeds[0][0] < 100 else 0
+        scores = [", ".join(f"{x:,.{digits}f}" for x in way) for way in seeds]
+        cells = tuning_cells([lines], "tuned", "low", lambda x, _: mean(x), base=without_pull)
+        rows.append([game, *scores, cells[-1]])
+        squares += [np.square(way / way.mean() - 1).sum() for way in seeds]
+        degrees += [len(way) - 1 for way in seeds]
+    spread = [f"{x:.1%}" for x in np.sqrt(squares / degrees)]
+    rows.append(["standard deviation between seeds", *spread, "–"])
+    score = functools.partial(geometric_mean, list(shown))
+    cells = tuning_cells([*shown.values()], "tuned", "low", score, base=without_pull)
+    rows.append(["geometric mean, % of the teachers", *cells])
+    return table("game, `low` | `--kl-coef 0` | defaults | difference (95% interval)", rows)
 
 
 def proxies(strong):
@@ -469,7 +483,7 @@ def tables(games, strong, settings):
         "tuning1m": tuning_table(games, strong, "tuned1m"),
         "students": students_table(strong),
         "settings": settings_table(settings),
-        "recipes": recipes_table(settings),
+        "recipes": recipes_table(games),
         "proxies": proxies_table(strong),
     }
 
