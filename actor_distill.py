@@ -106,8 +106,8 @@ class Args:
     warmup_fraction: Fraction = 0.1
     """share of the training in which the rate rises, with `anneal_lr`"""
     loss: Literal["reverse_kl", "kl", "mse", "nll"] | None = None
-    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the negative
-    log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
+    """KL(student || teacher), KL(teacher || student), the squared error of Q-values, or the
+    negative log-likelihood of the teacher's best action; default reverse_kl, for Q-values kl"""
     eq3_fraction: Fraction = 0.2
     """share of the training, at its start, in which `reverse_kl` still learns by kl, Eq. 3"""
     temperature: PositiveFloat | None = None
@@ -564,7 +564,7 @@ def resolve_game(env_id):
 
 
 def set_up_torch(seed, cuda):
-    """Seed torch and tune its memory; returns the device, a GPU for each of torchrun's processes."""
+    """Seed torch and tune its memory; returns the device, a GPU for each process of torchrun."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     if sys.platform == "linux":

@@ -578,7 +578,7 @@ def resolve_game(env_id):
 
 
 def set_up_torch(seed, cuda):
-    """Seed torch and tune its memory; returns the device, a GPU for each of torchrun's processes."""
+    """Seed torch and tune its memory; returns the device, a GPU for each process of torchrun."""
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     if sys.platform == "linux":

@@ -162,7 +162,8 @@ def table(games):
         lines += [f"### {env_id}", "", f"`{game['command']}`, {game['machine']}.", ""]
         columns = (
             "network | form | MB | parameters | multiply-adds | µs a decision (99th percentile) | "
-            "floor | decisions/s by 16 | KL(it ‖ its float network) | KL(it ‖ teacher) | score (95% interval)"
+            "floor | decisions/s by 16 | KL(it ‖ its float network) | KL(it ‖ teacher) "
+            "| score (95% interval)"
         )
         lines += [f"| {columns} |", "|" + "---|" * 11]
         for capacity, rows in game["networks"].items():

@@ -4,8 +4,8 @@
         benchmark/results/games/Pong.jsonl --name tuned_low_1
 
 The line holds all of `eval.json`, `eval_before.json` as `before`, and as `curve` the mean return of
-the last 100 games at each hundredth of the steps until the last game's end, or each epoch's held-out
-figures. It replaces a line of the same name.
+the last 100 games at each hundredth of the steps until the last game's end, or the held-out figures
+of each epoch. It replaces a line of the same name.
 """
 
 import fcntl

@@ -392,7 +392,7 @@ def draw_direct(axes, lines):
 
 
 def draw_tuning(axes, lines):
-    """Returns over fine-tuning, and the levels of the student that it began with and its teacher."""
+    """Returns over fine-tuning, and the levels of the student at its start and of the teacher."""
     for capacity, color in COLORS.items():
         if tuned := find(lines, f"tuned_{capacity}"):
             # the first games to end are the short ones

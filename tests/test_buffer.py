@@ -66,7 +66,7 @@ def writer():
 
 def record(rom, num_envs, agent, num_samples, seed=1, greedy=False, epsilon=None, stop_at=None):
     """A collection: its arrays, what was logged, and from the games the frame of each step, and
-    what belongs to each sample, by the arrays' names: rewards and ends of forced steps after it too.
+    what belongs to each sample, by the arrays' names: rewards and ends of forced steps after it.
     """
     envs, log = Recorder(rom, num_envs, 0.0, life_loss=False), writer()
     envs.stop_at = stop_at

@@ -303,7 +303,7 @@ def real_play():
 
 
 def split(buffer):
-    """Rows to train on, those held out, and of these those unlike any to train on, byte for byte."""
+    """Rows to train on, those held out, and of these those unlike any to train on, to the byte."""
     train, held_out = distill.split_episodes(buffer["episode_index"], 0.1, 1)
     stacks = [buffer["frames"][index].tobytes() for index in buffer["stack_index"]]
     known = {stacks[row] for row in train}

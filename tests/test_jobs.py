@@ -1,4 +1,4 @@
-"""Sweeps and arrays of jobs: their commands are those of the scripts, and a requeued job goes on."""
+"""Sweeps and arrays of jobs: their commands are those of the scripts, a requeued job goes on."""
 
 import importlib
 import itertools

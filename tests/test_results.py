@@ -91,7 +91,7 @@ def test_the_aggregates_are_geometric_means_over_games(row, name, made):
 
 
 def test_the_middle_half_gives_each_game_the_same_weight():
-    """Enduro's one seed is at 0, Freeway's two are at a half of a human's score and at the whole."""
+    """Enduro's one seed is at 0, Freeway's two at a half of a human's score and at the whole."""
     seeds = np.array([[0.0]]), np.array([[14.8, 29.6]])
     assert tables.interquartile_mean(["Enduro", "Freeway"], *seeds) == pytest.approx([0.25])
 

@@ -204,7 +204,7 @@ def main(args):
         )
         result = collect_buffer.summarize(returns)
         print(
-            f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval of the mean "
+            f"evaluation  mean {result['mean']:.2f} ± {result['std']:.2f}, 95% interval "
             f"{result['ci95']}, {len(returns)} games, {sum(lengths):,} steps"
         )
 
