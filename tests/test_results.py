@@ -96,6 +96,31 @@ def test_the_middle_half_gives_each_game_the_same_weight():
     assert tables.interquartile_mean(["Enduro", "Freeway"], *seeds) == pytest.approx([0.25])
 
 
+def test_recipes_are_compared_by_their_seeds():
+    def run(name, mean):
+        return {"name": name, "seed": int(name[-1]), "returns": [mean], "mean": mean}
+
+    scores = {"Qbert": ([900, 1100], [1200, 1300, 1400]), "Enduro": ([45, 55], [60, 60])}
+    games = {"Pong": []}
+    for game, (without, tuned) in scores.items():
+        games[game] = [{"name": "teacher", "seed": 1, "returns": [1000], "mean": 1000}]
+        games[game] += [run(f"nopull_low_{i}", mean) for i, mean in enumerate(without, 4)]
+        games[game] += [run(f"tuned_low_{i}", mean) for i, mean in enumerate(tuned, 4)]
+    text = tables.recipes_table(games)
+    assert cells(text, "Pong") == [], "no runs, no row"
+    assert cells(text, "Qbert")[0][:2] == ["900, 1,100", "1,200, 1,300, 1,400"]
+    assert cells(text, "Enduro")[0][:2] == ["45.00, 55.00", "60.00, 60.00"]
+    assert cells(text, "Enduro")[0][2].startswith("+20.0%: +10.00 (")
+    # of shares of each game's mean: both games lie 10% around it; of three and two seeds 3 are free
+    without = statistics.stdev([0.9, 1.1])
+    tuned = (2 * statistics.variance([1200 / 1300, 1, 1400 / 1300]) / 3) ** 0.5
+    expected = [f"{without:.1%}", f"{tuned:.1%}", "–"]
+    assert cells(text, "standard deviation between seeds") == [expected]
+    before, after = 100 * (1 * 0.05) ** 0.5, 100 * (1.3 * 0.06) ** 0.5
+    (row,) = cells(text, "geometric mean, % of the teachers")
+    assert row[:2] == [f"{before:.2f}", f"{after:.2f} (2 to 3)"]
+
+
 def test_tuning_is_compared_with_the_student_of_all_runs():
     def run(name, returns, before=()):
         about = {"name": name, "seed": 1, "returns": returns, "before": {"returns": before}}
