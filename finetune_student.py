@@ -124,7 +124,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5
     """largest norm of the whole gradient; a longer one is scaled down to it"""
     kl_coef: float = 0.5
-    """weight of KL(policy ‖ student), which holds the policy near it; falls with the rate"""
+    """weight of KL(policy ‖ student), to hold the policy near the student; falls with the rate"""
     fit_critic: bool = True
     """fit the critic to the first rollout's returns; without, it begins as it was distilled"""
 

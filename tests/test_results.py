@@ -111,7 +111,7 @@ def test_recipes_are_compared_by_their_seeds():
     assert cells(text, "Qbert")[0][:2] == ["900, 1,100", "1,200, 1,300, 1,400"]
     assert cells(text, "Enduro")[0][:2] == ["45.00, 55.00", "60.00, 60.00"]
     assert cells(text, "Enduro")[0][2].startswith("+20.0%: +10.00 (")
-    # of shares of each game's mean: both games lie 10% around it; of three and two seeds 3 are free
+    # of shares of each game's mean; three and two seeds leave three degrees of freedom
     without = statistics.stdev([0.9, 1.1])
     tuned = (2 * statistics.variance([1200 / 1300, 1, 1400 / 1300]) / 3) ** 0.5
     expected = [f"{without:.1%}", f"{tuned:.1%}", "–"]
