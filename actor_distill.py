@@ -136,7 +136,7 @@ class AtariEnvs(AtariVectorEnv):
         super().__init__(
             rom,
             num_envs,
-            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            noop_max=30,  # a game starts with 0 to 29 no-ops, or with FIRE and 0 to 28
             use_fire_reset=True,
             frameskip=4,
             maxpool=True,  # each pixel's maximum over the last two of the four frames
@@ -474,7 +474,7 @@ def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    it began until then counts. A bias of the order of 1 / (number of games) stays, as slots with
     long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
@@ -690,7 +690,7 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None

@@ -116,7 +116,7 @@ class AtariEnvs(AtariVectorEnv):
         super().__init__(
             rom,
             num_envs,
-            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            noop_max=30,  # a game starts with 0 to 29 no-ops, or with FIRE and 0 to 28
             use_fire_reset=True,
             frameskip=4,
             maxpool=True,  # each pixel's maximum over the last two of the four frames
@@ -382,7 +382,7 @@ def load_teacher(path, env_id, num_actions):
         "env_id": env_id,
         "phase": saved.get("phase", kind),
         "capacity": saved.get("capacity", "-".join(map(str, widths))),
-        "args": saved.get("args", {"loss": "mse"} if "DQN" in kind else {}),
+        "args": {"loss": "mse"} if "DQN" in kind else saved.get("args", {}),
         "global_step": saved.get("global_step", 0),
         "evaluation": saved.get("evaluation"),
     }
@@ -404,7 +404,7 @@ def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    it began until then counts. A bias of the order of 1 / (number of games) stays, as slots with
     long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends

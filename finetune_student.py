@@ -145,7 +145,7 @@ class AtariEnvs(AtariVectorEnv):
         super().__init__(
             rom,
             num_envs,
-            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            noop_max=30,  # a game starts with 0 to 29 no-ops, or with FIRE and 0 to 28
             use_fire_reset=True,
             frameskip=4,
             maxpool=True,  # each pixel's maximum over the last two of the four frames
@@ -341,7 +341,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     "student" holds the weights that KL(policy ‖ student) is measured from. Of torchrun's processes
     each plays and learns from its own games, with averaged gradients; process 0 logs and saves.
     """
-    num_envs = args.num_envs // world_size
+    num_envs = max(1, args.num_envs // world_size)
     envs = AtariEnvs(rom, num_envs, args.repeat_action_probability, life_loss=True)
     agent = Agent(args.capacity, len(envs.action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
@@ -488,7 +488,7 @@ def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    it began until then counts. A bias of the order of 1 / (number of games) stays, as slots with
     long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
@@ -697,7 +697,8 @@ def main(args):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         # the others wait while process 0 evaluates the student
-        torch.distributed.init_process_group(timeout=timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None
@@ -710,8 +711,7 @@ def main(args):
     else:
         shipped = f"distilled_{args.capacity}.pt"
         args.student_path = find_input(args.student_path, Args.student_path, shipped, args)
-        fix = f"make one with `python actor_distill.py --env-id {args.env_id}`"
-        saved, agent = load_checkpoint(args.student_path, args.env_id, fix)
+        saved, agent = load_checkpoint(args.student_path, args.env_id, "run actor_distill.py first")
         if saved["args"].get("loss") == "mse":
             sys.exit(f"{args.student_path}: has Q-values, no policy; distil with --loss kl or nll")
         if saved["capacity"] != args.capacity:

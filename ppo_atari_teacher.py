@@ -123,8 +123,6 @@ class Args:
     """weight of the value loss"""
     max_grad_norm: PositiveFloat = 0.5
     """largest norm of the whole gradient; a longer one is scaled down to it"""
-    target_kl: PositiveFloat | None = None
-    """skip an iteration's further passes after one whose mean approx_kl exceeds this"""
 
 
 class AtariEnvs(AtariVectorEnv):
@@ -143,7 +141,7 @@ class AtariEnvs(AtariVectorEnv):
         super().__init__(
             rom,
             num_envs,
-            noop_max=30,  # at a game's start, after FIRE, come 0 to 29 no-ops
+            noop_max=30,  # a game starts with 0 to 29 no-ops, or with FIRE and 0 to 28
             use_fire_reset=True,
             frameskip=4,
             maxpool=True,  # each pixel's maximum over the last two of the four frames
@@ -313,7 +311,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
     torchrun's processes each plays its own games and learns from them, with averaged gradients;
     process 0 alone logs, to `writer`, and saves.
     """
-    num_envs = args.num_envs // world_size
+    num_envs = max(1, args.num_envs // world_size)
     envs = AtariEnvs(rom, num_envs, args.repeat_action_probability, life_loss=True)
     agent = Agent(args.capacity, len(envs.action_meanings))
     agent = agent.to(device, memory_format=torch.channels_last)
@@ -395,8 +393,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
         b_values = values.flatten()
         statistics = []
         for _ in range(args.update_epochs):
-            minibatches = torch.randperm(len(b_pixels), device=device).chunk(args.num_minibatches)
-            for mb in minibatches:
+            for mb in torch.randperm(len(b_pixels), device=device).chunk(args.num_minibatches):
                 with autocast:
                     logits, new_values = learner(b_pixels.index_select(0, mb).permute(0, 3, 1, 2))
                 losses = loss_function(
@@ -417,10 +414,6 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
                 statistics.append(torch.stack(losses).detach())
-            if args.target_kl:
-                approx_kl = torch.stack(statistics[-len(minibatches) :])[:, 4].mean()
-                if sum_over_processes(approx_kl) / world_size > args.target_kl:
-                    break
 
         # log and save
         if not agent(torch.from_numpy(next_obs).to(device))[0].isfinite().all():
@@ -452,7 +445,7 @@ def play(agent, envs, eval_steps, seed, greedy, device):
     """Play whole games, and leave out neither short nor long ones: raw returns and lengths, lists.
 
     A slot retires at its first game end at or after its step ceil(eval_steps / N); every game that
-    it began until then counts. A bias of the order of 1 / (games of a slot) stays, as slots with
+    it began until then counts. A bias of the order of 1 / (number of games) stays, as slots with
     long games play fewer.
 
     `agent` maps observations uint8 [N, 4, 84, 84] on `device` to (logits, values); a lost life ends
@@ -650,7 +643,7 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.eval_only:
         checkpoint, agent = load_checkpoint(args.eval_only, args.env_id, "name another checkpoint")
         return evaluate(agent, rom, args, checkpoint, open_log(args), device) if rank == 0 else None

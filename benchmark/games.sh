@@ -5,10 +5,9 @@
 #     bash benchmark/games.sh BreakoutNoFrameskip-v4 1_000_000 "1 2 3"
 #     bash benchmark/games.sh BreakoutNoFrameskip-v4 1_000_000 "1 2 3" "tuned_.*"   # only the runs so named
 #
-# Arguments: the game, the steps of whatever PPO trains from scratch, the seeds of the students, and a
-# pattern of names. PPO trains from scratch with the first seed alone. What is recorded is not run again,
-# and what was stopped goes on. In a clone without the teacher's own file the one of pretrained/ serves,
-# save Pong's, which learned longer: without the line of its `teacher` a new one is trained.
+# Arguments: the game, the steps of what PPO trains from scratch, with the first seed alone, the seeds of
+# the students, and a pattern of names. What is recorded is not run again, and what was stopped goes on.
+# Without a file of the teacher that of pretrained/ serves, save Pong's, which learned longer.
 set -euo pipefail
 trap 'exit 130' INT TERM
 game=$1 budget=$2 seeds=$3 only=${4:-.*}

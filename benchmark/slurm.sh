@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Ten games times three seeds of one script, as an array of Slurm:
+# Ten games times three seeds of one script that trains, as an array of Slurm:
 #
 #   sbatch benchmark/slurm.sh ppo_atari_teacher.py --capacity low --track
 #
-# A job that is preempted, or that comes to its time limit, gets SIGTERM two minutes before, saves
-# its last whole iteration, is put back into the queue, and goes on by --resume.
+# Two minutes before it is preempted or out of time a job gets SIGTERM, saves, and is queued again.
 #SBATCH --array=0-29
 #SBATCH --cpus-per-task=8
 #SBATCH --gres=gpu:1

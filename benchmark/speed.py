@@ -9,9 +9,9 @@
 A phase runs in the scripts' own code. Its floor is the least work of this kind: games stepped with
 random actions, the network's forward pass, one optimiser step, each on a batch in place. Machines
 are noisy, so a phase and its floor take turns every few steps, whole runs take turns in each
-repeat, and the ratio shown is the median of the repeats' ratios. CleanRL is its
-`ppo_atari.py` (tried: master, torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3
-2.3.2, NumPy 1.26). Prints a table, and adds a line to `benchmark/results/speed.jsonl`.
+repeat, and the ratio shown is the median of the repeats' ratios. CleanRL is its `ppo_atari.py`
+(tried: master, torch 2.13.0, gymnasium 0.29.1, ale-py 0.9.1, stable-baselines3 2.3.2, NumPy 1.26).
+Prints a table, and adds a line to `benchmark/results/speed.jsonl`.
 """
 
 import contextlib

@@ -5,9 +5,9 @@
 #     bash benchmark/students.sh QbertNoFrameskip-v4 qbert_acktr.pt "1 2 3"
 #     bash benchmark/students.sh QbertNoFrameskip-v4 qbert_acktr.pt "1 2 3" ".*_low_.*"   # only the runs so named
 #
-# Arguments: the game, the teacher's file, of another project, the seeds, and a pattern of names. The teacher
-# is evaluated before its play is recorded. All fine-tuning begins with the first seed's student. What is
-# there is not run again, and what was stopped goes on.
+# Arguments: the game, the file of another project's teacher, the seeds, and a pattern of names. All
+# fine-tuning begins with the first seed's student, or without its file with the one that ships. What is
+# recorded is not run again, and what was stopped goes on.
 set -euo pipefail
 trap 'exit 130' INT TERM
 game=$1 teacher=$2 seeds=$3 only=${4:-.*}
@@ -17,9 +17,13 @@ name=${short}_${name#"${short}_"}
 results=benchmark/results/students/$name.jsonl weights=checkpoints/$game buffer=buffers/$name.npz
 export OMP_NUM_THREADS=1
 
+wanted() {  # name
+    [[ $1 =~ ^($only)$ ]] && ! grep -qs "^{\"name\": \"$1\"," "$results"
+}
+
 run() {  # name, script, flags; the time of what was stopped counts too
     local line=$1 experiment=${name}_$1
-    [[ $line =~ ^($only)$ ]] && ! grep -qs "^{\"name\": \"$line\"," "$results" || return 0
+    wanted "$line" || return 0
     set -- "${@:2}" --env-id "$game" --exp-name "$experiment"
     mkdir -p "$weights"
     echo "== $line: python $*"
@@ -32,12 +36,15 @@ path() { echo "$weights/${name}_$1.pt"; }
 
 buffer_flags="--teacher-path $teacher --buffer-path $buffer --num-samples 540_000 --num-envs 128"
 run teacher collect_buffer.py $buffer_flags --eval-steps 200_000 --overwrite
-[[ -e $buffer ]] || python collect_buffer.py --env-id "$game" $buffer_flags --eval-steps 0
+student=$(path "ad_low_$first")
 for seed in $seeds; do
     for capacity in low medium; do
+        [[ -e $buffer ]] || ! wanted "ad_${capacity}_$seed" ||
+            python collect_buffer.py --env-id "$game" $buffer_flags --eval-steps 0
         run "ad_${capacity}_$seed" actor_distill.py --buffer-path "$buffer" --capacity $capacity --seed "$seed" \
             --save-path "$(path "ad_${capacity}_$seed")" --resume --eval-steps 100_000
     done
-    run "tuned_low_$seed" finetune_student.py --student-path "$(path "ad_low_$first")" --capacity low --seed "$seed" \
+    [[ -e $student ]] || student=pretrained/$game/acktr_low.pt
+    run "tuned_low_$seed" finetune_student.py --student-path "$student" --capacity low --seed "$seed" \
         --save-path "$(path "tuned_low_$seed")" --resume --eval-steps 100_000 --total-timesteps 270_000
 done

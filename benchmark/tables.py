@@ -4,8 +4,8 @@
     pip install -r benchmark/requirements.txt && python benchmark/tables.py --figures
 
 `results/games/{game}.jsonl` holds the runs of `games.sh`, `results/students/{game}_{teacher}.jsonl`
-a strong teacher and its students, by `students.sh`. What is not there yet is
-a dash. An interval is a 95% percentile bootstrap over seeds and, within each seed, over its games.
+a strong teacher and its students, by `students.sh`. What is not there yet is a dash. An interval is
+a 95% percentile bootstrap over seeds and, within each seed, over its games.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     torch.save({**about, "global_step": 0, "model": model}, "low.pt")
 
 
-def run(module, rank, port, flags, change):
+def run(module, rank, port, flags):
     """Be one of two processes that torchrun starts, and write down what this one learns from."""
     names = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -47,7 +48,6 @@ def run(module, rank, port, flags, change):
     def recorded_loss(*batch):
         outcome = loss(*batch)
         if torch.is_grad_enabled():
-            outcome = change(rank, len(seen["losses"]), outcome)
             detached = [x.detach() if torch.is_tensor(x) else x for x in batch]
             seen["batches"].append([seen["obs"], *detached])
             seen["losses"].append(torch.stack([x.detach() for x in outcome]))
@@ -66,13 +66,13 @@ def run(module, rank, port, flags, change):
     torch.save(seen, f"seen{rank}")
 
 
-def two_processes(module, *flags, change=lambda rank, number, outcome: outcome):
+def two_processes(module, *flags):
     """What each of two processes of a training has learned from."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork").Process
-    processes = [fork(target=run, args=(module, rank, port, flags, change)) for rank in (0, 1)]
+    processes = [fork(target=run, args=(module, rank, port, flags)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
@@ -154,17 +154,9 @@ def test_two_processes_distil():
 
 
 def test_two_processes_train_a_teacher():
-    """One alone exceeds --target-kl in the first iteration, where the mean is above it.
-
-    And in the second, where the mean is below it. Process 0 alone plays the evaluation.
-    """
-
-    def change(rank, number, outcome):
-        above = torch.tensor([0.0, 3.0 if number < 2 else 1.5])[rank]
-        return (*outcome[:4], above, outcome[5])
-
-    flags = ["--target-kl=1", "--eval-steps=1", "--env-id=Breakout-v5"]
-    saved = check_ppo(two_processes(teacher, *PPO, *flags, change=change), [2, 6])
+    """Process 0 alone plays the evaluation."""
+    flags = ["--eval-steps=1", "--env-id=Breakout-v5"]
+    saved = check_ppo(two_processes(teacher, *PPO, *flags), [6, 6])
     assert saved["global_step"] == 256 and saved["evaluation"]["steps"] > 0
 
 
@@ -179,6 +171,38 @@ def test_two_processes_finetune_a_student():
     assert not torch.equal(seen[0]["weights"][0][10], student["critic.weight"])
     resumed = resume(finetune, *flags, "--num-envs=4", "--total-timesteps=384")
     assert [saved["global_step"], resumed["global_step"]] == [256, 384]
+
+
+@pytest.mark.parametrize("module", [teacher, finetune])
+def test_fewer_games_than_processes(module):
+    """Each process plays one, as ale-py crashes without a game."""
+    flags = ["--capacity=low", "--num-envs=1", "--num-steps=8", "--num-minibatches=2"]
+    flags += ["--total-timesteps=16", "--save-path=x.pt", "--eval-steps=0"]
+    flags += ["--student-path=low.pt"] if module is finetune else []
+    for seen in two_processes(module, *flags):
+        assert len(seen["obs"]) == 1  # what the network saw last, of all games of the process
+
+
+@pytest.mark.parametrize("module", [teacher, distill, finetune])
+@pytest.mark.parametrize("device, backends", [("cpu", {"gloo"}), ("cuda", {"nccl"})])
+def test_gradients_are_averaged_where_they_are(module, device, backends, monkeypatch):
+    """torch alone would choose by the machine: NCCL with --no-cuda too, which has no CPU tensors.
+
+    The critic's fit sums on the CPU.
+    """
+    started = []
+
+    def init_process_group(backend=None, **_):
+        started.append(backend)
+        raise InterruptedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(module, "set_up_torch", lambda seed, cuda: torch.device(device))
+    with pytest.raises(InterruptedError):
+        module.main(module.Args())
+    backends |= {"gloo"} if module is finetune else set()
+    assert set(re.findall(r"nccl|gloo", str(started[0]))) == backends
 
 
 @pytest.mark.parametrize("module", [teacher, distill, finetune])

@@ -85,6 +85,7 @@ def teachers(tmp_path_factory, obs):
         ("compiled", ppo, {f"_orig_mod.{x}": ppo_weights[x] for x in ppo_weights}),
         ("both", dqn, {f"module._orig_mod.{x}": dqn_weights[x] for x in dqn_weights}),
         ("half", rounded, half),
+        ("with_flags", dqn, {"model": dqn_weights, "args": {"seed": 1}}),
     ):
         path, legacy = folder / name, name == "kostrikov_legacy"  # as of torch before 1.6
         torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
@@ -120,6 +121,7 @@ def teachers(tmp_path_factory, obs):
         ("compiled", "CleanRL PPO", "4-6-8-24"),
         ("both", "CleanRL DQN", "4-6-8-24"),
         ("half", "CleanRL PPO", "4-6-8-24"),
+        ("with_flags", "CleanRL DQN", "4-6-8-24"),
     ],
 )
 def test_outputs_are_those_of_the_teachers_own_library(name, kind, capacity, teachers, obs):

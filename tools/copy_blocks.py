@@ -7,8 +7,9 @@ other three, except what is each script's own: Args, main, train and collect.
 """
 
 import ast
-import sys
 from pathlib import Path
+
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("ppo_atari_teacher.py", "collect_buffer.py", "actor_distill.py", "finetune_student.py")
@@ -30,7 +31,7 @@ def blocks(text):
     return {name: source for name, source in found.items() if name not in OWN}
 
 
-def main(source):
+def main(source: tyro.conf.Positional[str]):
     changed = blocks((ROOT / source).read_text())
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
@@ -42,4 +43,4 @@ def main(source):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    tyro.cli(main, description=__doc__)
