@@ -51,8 +51,7 @@ ROWS = {
 }
 # the paper's geometric mean over ten games of each row, in percent of the teacher
 PAPER = (100, 88, 94, 100, 84, 85, 89)
-# how a strong teacher's student learned: names before the capacity, the first one there is shown
-# with its mark
+# how a strong teacher's student learned: the first of these names that is there, and its mark
 WAYS = {"": {"ad": "", "earlier": " \\*"}, ", the paper's path": {"paper": ""}}
 COLORS = {"medium": "C4", "low": "C0"}
 PROXIES = {
@@ -366,7 +365,7 @@ def ten_panels(games, draw, xlabel):
     """A panel for each game, that `draw(axes, game's lines)` fills."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 5, figsize=(15, 5.5), layout="constrained", sharex=True)
+    figure, panels = plt.subplots(2, 5, figsize=(15, 5.5), layout="constrained")
     for axes, (game, lines) in zip(panels.flat, games.items(), strict=True):
         draw(axes, lines)
         axes.set_title(game)
@@ -392,7 +391,7 @@ def draw_direct(axes, lines):
 
 
 def draw_tuning(axes, lines):
-    """Returns over fine-tuning, and the levels of the student at its start and of the teacher."""
+    """Returns over fine-tuning (dotted: a million steps), and the student's and teacher's level."""
     for capacity, color in COLORS.items():
         if tuned := find(lines, f"tuned_{capacity}"):
             # the first games to end are the short ones
@@ -402,9 +401,10 @@ def draw_tuning(axes, lines):
             axes.plot(*curves.mean(0), color=color, label=capacity)
             before = student_of(lines, capacity)[0].mean()
             axes.axhline(before, color=color, linestyle="--", label=f"{capacity}, its student")
-    if find(lines, r"tuned_\w+"):
-        level = find(lines, "teacher")[0]["mean"]
-        axes.axhline(level, color="0.5", label="teacher")
+        for x in find(lines, f"tuned1m_{capacity}"):
+            axes.plot(*np.array(curve(x))[:, 20:], color=color, linestyle=":")
+    level = find(lines, "teacher")[0]["mean"]
+    axes.axhline(level, color="0.5", label="teacher")
 
 
 def heat_map(games):
