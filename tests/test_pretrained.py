@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import runpy
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from conftest import ROOT, run_main
 import actor_distill as distill
 import collect_buffer as collect
 import finetune_student as finetune
+from tools import strip_checkpoint
 
 PRETRAINED = ROOT / "pretrained"
 POLICIES = sorted(f"{path.parent.name}/{path.name}" for path in PRETRAINED.glob("*/*.pt"))
@@ -82,14 +81,13 @@ def test_held_out_samples_are_no_training_samples(shipped):
         assert (len(held_out), len(found)) == (3567, 2539)
 
 
-def test_a_checkpoint_stripped_for_shipping_plays_the_same(tmp_path, monkeypatch):
+def test_a_checkpoint_stripped_for_shipping_plays_the_same(tmp_path):
     agent, obs = distill.Agent("low", 6), torch.randint(0, 256, (50, 4, 84, 84), dtype=torch.uint8)
     agent.actor.weight.data *= 100  # as it begins, every action is as probable
     about = {"env_id": "PongNoFrameskip-v4", "capacity": "low", "optimizer": {}}
     whole, stripped = tmp_path / "whole.pt", tmp_path / "new" / "stripped.pt"
     torch.save({**about, "model": agent.state_dict()}, whole)
-    monkeypatch.setattr(sys, "argv", ["", whole, stripped])
-    runpy.run_path(str(ROOT / "tools" / "strip_checkpoint.py"), run_name="__main__")
+    strip_checkpoint.main(str(whole), str(stripped))
     saved, rounded = distill.load_checkpoint(stripped, "PongNoFrameskip-v4", "")
     assert "optimizer" not in saved and stripped.stat().st_size < 0.6 * whole.stat().st_size
     with torch.no_grad():
