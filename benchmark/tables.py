@@ -219,9 +219,9 @@ def student_of(lines, capacity):
     return [np.concatenate([x["before"]["returns"] for x in find(lines, f"tuned_{capacity}")])]
 
 
-def without_pull(lines, capacity):
-    """The returns of fine-tuning by `--kl-coef 0`."""
-    return returns(find(lines, f"nopull_{capacity}"))
+def policies(name):
+    """What finds the returns of the policies of a name: one sample a seed."""
+    return lambda lines, capacity: returns(find(lines, f"{name}_{capacity}"))
 
 
 def tuning_cells(files, name, capacity, score, zero=0, base=student_of):
@@ -262,15 +262,16 @@ def tuning_table(games, strong, name):
         for capacity in COLORS:
             row += tuning_cells([lines], name, capacity, lambda x, _: mean(x), zero)
         rows.append(row)
-    left_out = {"geometric mean, % of the teachers": (), "without Enduro": ("Enduro",)}
-    left_out |= {"without those that chose the recipe": ("Breakout", "Qbert")}
-    for label, without in left_out.items():
+    means = {"geometric mean, % of the teachers": ((), student_of)}
+    means |= {"without Enduro": (("Enduro",), student_of)} if name == "tuned" else {}
+    means |= {"without those that chose the recipe": (("Breakout", "Qbert"), student_of)}
+    means |= {"beside 270,000 steps": ((), policies("tuned"))} if name == "tuned1m" else {}
+    for label, (without, base) in means.items():
         row = [label]
         for capacity in COLORS:
-            shown = [game for game in games if find(games[game], f"{name}_{capacity}")]
-            shown = [game for game in shown if game not in without]
+            shown = [x for x in games if x not in without and find(games[x], f"{name}_{capacity}")]
             score = functools.partial(geometric_mean, shown)
-            row += tuning_cells([games[game] for game in shown], name, capacity, score)
+            row += tuning_cells([games[game] for game in shown], name, capacity, score, base=base)
         rows.append(row)
     rows = [row for row in rows if set(row[1:]) != {"–"}]
     return table(f"game | {' | '.join(parts)}", rows)
@@ -322,14 +323,14 @@ def recipes_table(games):
         seeds = [seed_means(returns(find(lines, way)))[0] for way in ways]
         digits = 2 if seeds[0][0] < 100 else 0
         scores = [", ".join(f"{x:,.{digits}f}" for x in way) for way in seeds]
-        cells = tuning_cells([lines], "tuned", "low", lambda x, _: mean(x), base=without_pull)
+        cells = tuning_cells([lines], "tuned", "low", lambda x, _: mean(x), base=policies("nopull"))
         rows.append([game, *scores, cells[-1]])
         squares += [np.square(way / way.mean() - 1).sum() for way in seeds]
         degrees += [len(way) - 1 for way in seeds]
     spread = [f"{x:.1%}" for x in np.sqrt(squares / degrees)]
     rows.append(["standard deviation between seeds", *spread, "–"])
     score = functools.partial(geometric_mean, list(shown))
-    cells = tuning_cells([*shown.values()], "tuned", "low", score, base=without_pull)
+    cells = tuning_cells([*shown.values()], "tuned", "low", score, base=policies("nopull"))
     rows.append(["geometric mean, % of the teachers", *cells])
     return table("game, `low` | `--kl-coef 0` | defaults | difference (95% interval)", rows)
 
