@@ -144,7 +144,8 @@ def test_tuning_is_compared_with_the_student_of_all_runs():
     assert row[3:5] == [f"{student:.2f}", f"{tuned:.2f} (1 to 2)"]
     assert f": +{tuned - student:.2f} (" in row[5]
     assert cells(long, label)[0][3:5] == ["90.00", "108.00 (1)"]
-    assert cells(long, "Pong") == []
+    assert cells(long, "beside 270,000 steps")[0][3:5] == ["99.00", "108.00 (1)"]
+    assert cells(short, "beside 270,000 steps") == cells(long, "Pong") == []
 
 
 def test_students_by_todays_defaults_stand_before_older_ones_which_are_marked():
