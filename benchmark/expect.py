@@ -2,8 +2,7 @@
 
     python benchmark/expect.py
 
-Runs each once: the first command of the README's quickstart, and a small run of all four phases.
-Writes `benchmark/results/expect.md`.
+Runs the README's first command and a small one of each phase; writes `benchmark/results/expect.md`.
 """
 
 import os

@@ -52,5 +52,6 @@ for capacity in medium low; do
         run "tuned_${capacity}_$seed" $tuned 270_000
         run "tuned1m_${capacity}_$seed" $tuned 1_000_000
         run "nopull_${capacity}_$seed" $tuned 270_000 --kl-coef 0
+        run "slower_${capacity}_$seed" $tuned 270_000 --learning-rate 2.5e-4
     done
 done
