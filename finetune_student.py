@@ -696,7 +696,7 @@ def main(args):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        # the others wait while process 0 evaluates the student
+        # the critic's fit sums on the CPU; the others wait while process 0 evaluates the student
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     if args.eval_only:
