@@ -101,24 +101,33 @@ def test_recipes_are_compared_by_their_seeds():
         return {"name": name, "seed": int(name[-1]), "returns": [mean], "mean": mean}
 
     scores = {"Qbert": ([900, 1100], [1200, 1300, 1400]), "Enduro": ([45, 55], [60, 60])}
+    kl, rate = "`--kl-coef 0`", "`--learning-rate 2.5e-4`"
     games = {"Pong": []}
     for game, (without, tuned) in scores.items():
         games[game] = [{"name": "teacher", "seed": 1, "returns": [1000], "mean": 1000}]
         games[game] += [run(f"nopull_low_{i}", mean) for i, mean in enumerate(without, 4)]
         games[game] += [run(f"tuned_low_{i}", mean) for i, mean in enumerate(tuned, 4)]
+    games["Qbert"] += [run("slower_low_4", 1200), run("slower_low_5", 1400)]
     text = tables.recipes_table(games)
     assert cells(text, "Pong") == [], "no runs, no row"
-    assert cells(text, "Qbert")[0][:2] == ["900, 1,100", "1,200, 1,300, 1,400"]
-    assert cells(text, "Enduro")[0][:2] == ["45.00, 55.00", "60.00, 60.00"]
-    assert cells(text, "Enduro")[0][2].startswith("+20.0%: +10.00 (")
+    pull, slower = cells(text, "Qbert")
+    assert pull[:3] == [kl, "900, 1,100", "1,200, 1,300, 1,400"]
+    assert slower[:3] == [rate, "1,200, 1,400", "1,200, 1,300, 1,400"]
+    assert slower[3].startswith("+0.0%: +0 (")
+    ((*seeds, difference),) = cells(text, "Enduro")
+    assert seeds == [kl, "45.00, 55.00", "60.00, 60.00"]
+    assert difference.startswith("+20.0%: +10.00 (")
     # of shares of each game's mean; three and two seeds leave three degrees of freedom
     without = statistics.stdev([0.9, 1.1])
     tuned = (2 * statistics.variance([1200 / 1300, 1, 1400 / 1300]) / 3) ** 0.5
-    expected = [f"{without:.1%}", f"{tuned:.1%}", "–"]
-    assert cells(text, "standard deviation between seeds") == [expected]
+    pull, slower = cells(text, "standard deviation between seeds")
+    assert pull == [kl, f"{without:.1%}", f"{tuned:.1%}", "–"]
+    without, tuned = (statistics.stdev(x) for x in ([12 / 13, 14 / 13], [12 / 13, 1, 14 / 13]))
+    assert slower == [rate, f"{without:.1%}", f"{tuned:.1%}", "–"]
     before, after = 100 * (1 * 0.05) ** 0.5, 100 * (1.3 * 0.06) ** 0.5
-    (row,) = cells(text, "geometric mean, % of the teachers")
-    assert row[:2] == [f"{before:.2f}", f"{after:.2f} (2 to 3)"]
+    pull, slower = cells(text, "geometric mean, % of the teachers")
+    assert slower[:3] == [rate, "130.0", "130.0 (3)"]
+    assert pull[:3] == [kl, f"{before:.2f}", f"{after:.2f} (2 to 3)"]
 
 
 def test_tuning_is_compared_with_the_student_of_all_runs():
