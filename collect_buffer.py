@@ -92,8 +92,8 @@ class Args:
 
     # Collection
     num_samples: Annotated[int, Field(ge=2)] = 540_000
-    """steps to record, all games together, rounded down to a multiple of `num_envs`; those in which
-    FIRE is forced give no sample. DQN distillation used ten hours of play, 540,000"""
+    """steps of all games to record, rounded down to a multiple of `num_envs`, one a game at least;
+    a forced FIRE gives no sample. DQN distillation used ten hours of play, 540,000"""
     greedy: bool = False
     """play the best action: of a policy without sampling, of Q-values without `epsilon`"""
     epsilon: Fraction = 0.05
@@ -154,7 +154,7 @@ class AtariEnvs(AtariVectorEnv):
 
 def game_seeds(num_envs, *entropy):
     """An emulator seed per game, int64 [num_envs], independent for different `entropy`, integers:
-    the run's seed, then 1 for training, 2 for collection or 3 for evaluation.
+    the run's seed, then 2 for collection, 3 for evaluation, or 1, process and step for training.
 
     ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
     """

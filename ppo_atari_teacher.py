@@ -179,7 +179,7 @@ class AtariEnvs(AtariVectorEnv):
 
 def game_seeds(num_envs, *entropy):
     """An emulator seed per game, int64 [num_envs], independent for different `entropy`, integers:
-    the run's seed, then 1 for training, 2 for collection or 3 for evaluation.
+    the run's seed, then 2 for collection, 3 for evaluation, or 1, process and step for training.
 
     ale-py's own `reset(seed=1)` and `reset(seed=2)` would share all games but one.
     """
@@ -420,7 +420,7 @@ def train(args, rom, checkpoint, writer, device, rank=0, world_size=1):
             sys.exit(f"training diverged at step {global_step:,}; lower --learning-rate")
         losses = sum_over_processes(torch.stack(statistics).mean(0)) / world_size
         state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.update(copy.deepcopy(state), global_step=global_step)
+        checkpoint.update(copy.deepcopy(state), global_step=global_step, evaluation=None)
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         if rank == 0:
             for name, value in zip(names, losses.tolist(), strict=True):
@@ -620,7 +620,6 @@ def load_training(path, phase, args):
     for name in ("capacity", "seed", "optimizer", "validation_fraction"):
         if (before := saved["args"].get(name)) != vars(args).get(name):
             sys.exit(f"{path}: was begun with {name} {before}; pass the same, or another path")
-    saved.pop("evaluation", None)
     return saved
 
 
@@ -629,7 +628,8 @@ def restore(checkpoint, agent, optimizer):
     if "model" in checkpoint:
         agent.load_state_dict(checkpoint.get("last_model", checkpoint["model"]))
     if "optimizer" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # Adam counts its steps in place, and a stop may save the checkpoint as it is
+        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
     for parameter, moments in optimizer.state.items():
         # fused optimisers pair weights and moments by their place in memory: in another layout
         # than its channels_last weight a moment would move the wrong weights, without an error

@@ -181,16 +181,21 @@ def test_a_stop_before_the_first_save_leaves_nothing_and_resume_begins_anew(monk
     assert run(teacher, PPO, total_timesteps=BATCH, resume=True)["global_step"] == BATCH
 
 
-def test_a_stop_in_the_evaluation_keeps_the_training(monkeypatch):
+def test_a_stop_keeps_the_training_and_the_evaluation_of_its_weights(monkeypatch):
     monkeypatch.setattr(teacher, "evaluate", interrupt)
     flags = {**PPO, "total_timesteps": BATCH, "eval_steps": 1}
     with pytest.raises(SystemExit, match=f"stopped at step {BATCH}; pass --resume"):
         run(teacher, flags)
     saved = read()
-    assert saved["global_step"] == BATCH and "evaluation" not in saved
+    assert saved["global_step"] == BATCH and saved["evaluation"] is None
     monkeypatch.setattr(teacher, "evaluate", lambda *_: {"mean": 5.0})
     resumed = run(teacher, flags, resume=True)
     assert resumed["evaluation"] == {"mean": 5.0} and same(resumed["model"], saved["model"])
+    for stopped, steps, evaluation in ("ppo_loss", 1, {"mean": 5.0}), ("evaluate", 2, None):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped at step"):
+            patch.setattr(teacher, stopped, interrupt)
+            run(teacher, flags, total_timesteps=2 * BATCH, resume=True)
+        assert (read()["global_step"], read()["evaluation"]) == (steps * BATCH, evaluation)
 
 
 SGD = {"optimizer": "sgd", "loss": "kl"}
@@ -259,9 +264,11 @@ def test_a_loaded_training_goes_on_bit_for_bit():
     about = {"phase": "ppo", "env_id": GAME, "capacity": "low", "args": vars(args)}
     teacher.save_checkpoint("x.pt", {**about, **state})
     resumed, resumed_optimizer = fresh()
-    teacher.restore(teacher.load_training("x.pt", "ppo", args), resumed, resumed_optimizer)
+    loaded = teacher.load_training("x.pt", "ppo", args)
+    teacher.restore(loaded, resumed, resumed_optimizer)
     update(resumed, resumed_optimizer, obs[3:])
     assert same(resumed.state_dict(), agent.state_dict())
+    assert same(loaded["optimizer"], state["optimizer"]), "what a stop would save now"
 
 
 def test_a_resumed_ppo_plays_new_games_at_the_rate_that_is_left(monkeypatch):
