@@ -3,10 +3,9 @@
     python benchmark/deploy.py --env-id PongNoFrameskip-v4 --checkpoints high.pt medium.pt low.pt
     python benchmark/deploy.py                                                   # the table again
 
-Needs `tools/requirements.txt` and matplotlib. The first checkpoint is the teacher, and the
-observations are of its play: 500 calibrate the 8 bits, 2,000 others are compared. Everything runs
-on one thread. Writes `benchmark/results/deploy/{env_id}.json`, and from the files of all games
-`table.md` beside them and `benchmark/figures/deploy.png`.
+Needs `tools/requirements.txt` and matplotlib. The first checkpoint is the teacher, whose play gives
+the observations: 500 calibrate the 8 bits, 2,000 others are compared. Runs on one thread. Writes
+`benchmark/results/deploy/{env_id}.json`, and of all games `table.md` and `figures/deploy.png`.
 """
 
 import json
@@ -29,8 +28,6 @@ import collect_buffer as collect
 from actor_distill import reverse_kl
 
 RESULTS, FIGURES = ROOT / "benchmark" / "results" / "deploy", ROOT / "benchmark" / "figures"
-CAPACITIES = ("high", "medium", "low")
-FORMS = ("PyTorch", "ONNX", "ONNX, 8 bits")
 COLOURS = {"high": "#d62728", "medium": "#9467bd", "low": "#1f77b4"}
 MARKERS = {"PyTorch": "o", "ONNX": "s", "ONNX, 8 bits": "^"}
 
@@ -54,7 +51,7 @@ def forms(agent, calibration, folder):
     torch.save(agent.state_dict(), f"{folder}/agent.pt")
     sizes = [os.path.getsize(path) for path in (f"{folder}/agent.pt", full, small)]
     policies = (agent, *(export_onnx.Session(Path(path).read_bytes()) for path in (full, small)))
-    return {name: pair for name, *pair in zip(FORMS, policies, sizes, strict=True)}
+    return {name: pair for name, *pair in zip(MARKERS, policies, sizes, strict=True)}
 
 
 def multiply_adds(agent):
@@ -131,15 +128,13 @@ def measure(args):
     teacher = agents[0][1]
     obs = export_onnx.real_observations(teacher, rom, None, env_id, 2500, 1)
     calibration, obs = obs[:500], torch.from_numpy(obs[500:])
-    found = {}
-    for capacity, (_, agent) in zip(CAPACITIES, agents, strict=False):
+    found, policies_and_rows = {}, []
+    for capacity, (_, agent) in zip(COLOURS, agents, strict=False):
         with tempfile.TemporaryDirectory() as folder:
             made = forms(agent, calibration, folder)
         policies = {name: policy for name, (policy, _) in made.items()}
         measured, floor = times(policies, obs), 1e6 * multiply_adds(agent) / peak()
         for name, (policy, size) in made.items():
-            envs = collect.AtariEnvs(rom, 16, 0.0, life_loss=False)
-            returns, _ = collect.play(policy, envs, args.eval_steps, 1, False, torch.device("cpu"))
             row = {
                 **measured[name],
                 "bytes": size,
@@ -148,10 +143,14 @@ def measure(args):
                 "us_floor": floor,
                 "kl_own": divergence(policy, obs, agent),
                 "kl_teacher": divergence(policy, obs, teacher),
-                "score": collect.summarize(returns),
             }
             found.setdefault(capacity, {})[name] = row
-            print(capacity, name, row, flush=True)
+            policies_and_rows.append((policy, row))
+    print("timed; what is left need not be quiet", flush=True)
+    for policy, row in policies_and_rows:
+        envs = collect.AtariEnvs(rom, 16, 0.0, life_loss=False)
+        returns, _ = collect.play(policy, envs, args.eval_steps, 1, False, torch.device("cpu"))
+        row["score"] = collect.summarize(returns)
     return found
 
 
