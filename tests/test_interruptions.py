@@ -198,6 +198,20 @@ def test_a_stop_keeps_the_training_and_the_evaluation_of_its_weights(monkeypatch
         assert (read()["global_step"], read()["evaluation"]) == (steps * BATCH, evaluation)
 
 
+@pytest.mark.parametrize("module", [distill, finetune])
+def test_new_weights_do_not_keep_the_evaluation_of_the_old(module, monkeypatch):
+    flags, length, one = (DISTILL, "epochs", 1)
+    if module is finetune:
+        flags, length, one = ({**PPO, "student_path": "low.pt"}, "total_timesteps", BATCH)
+    flags = {**flags, "eval_steps": 1}
+    monkeypatch.setattr(module, "evaluate", lambda *_: {"mean": 5.0})
+    assert run(module, flags, **{length: one})["evaluation"] == {"mean": 5.0}
+    monkeypatch.setattr(module, "evaluate", interrupt)
+    with pytest.raises(SystemExit, match="; pass --resume"):
+        run(module, flags, resume=True, **{length: 2 * one})
+    assert read()["global_step"] > 0 and read()["evaluation"] is None
+
+
 SGD = {"optimizer": "sgd", "loss": "kl"}
 EARLY_STOP = {**SGD, "anneal_lr": False, "early_stop_patience": 2, "epochs": 9}
 
