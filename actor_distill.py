@@ -140,12 +140,7 @@ class AtariEnvs(AtariVectorEnv):
             use_fire_reset=True,
             frameskip=4,
             maxpool=True,  # each pixel's maximum over the last two of the four frames
-            img_height=84,
-            img_width=84,
-            grayscale=True,
-            stack_num=4,
             max_num_frames_per_episode=108_000,
-            episodic_life=False,
             life_loss_info=life_loss,
             reward_clipping=False,
             repeat_action_probability=repeat_action_probability,
@@ -491,7 +486,6 @@ def play(agent, envs, eval_steps, seed, greedy, device):
         actions = logits.argmax(-1) if greedy else sample_actions(logits, generator)
         obs, reward, terminated, truncated, _ = envs.step(actions.cpu().numpy())
         slot_step += 1
-        bar.total = max(eval_steps, bar.n + int(playing.sum()))
         bar.update(int(playing.sum()))
         game_return += reward
         game_length += 1
@@ -600,8 +594,15 @@ def open_log(args, run_name=None, global_step=0):
     if args.track:
         import wandb
 
-        names = {"entity": args.wandb_entity, "project": args.wandb_project_name, "name": run_name}
-        wandb.init(**names, id=run_name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(
+            entity=args.wandb_entity,
+            project=args.wandb_project_name,
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            config=vars(args),
+            sync_tensorboard=True,
+        )
     writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1)
     rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|{rows}", global_step)

@@ -77,6 +77,8 @@ def test_a_video_of_a_policy_beside_q_values(path, greedy, monkeypatch):
     width, height = 2 * (2 * 160 + record_video.GAP), 2 * (210 + record_video.CAPTION)
     assert video.shape == (30, height, width, 3)
     assert (video[0] != video[-1]).any()
+    if path == "pong.gif":
+        assert sum(iio.immeta(path, index=i)["duration"] for i in range(30)) == 2000, "milliseconds"
 
 
 def test_a_recording_holds_the_games_of_the_same_seed_and_their_scores():

@@ -156,7 +156,9 @@ def main(args):
     if not frames:
         sys.exit(f"--skip {args.skip}: every game ended before; pass less")
     written = Path(args.path).with_stem(f"{Path(args.path).stem}.tmp")
-    options = {"loop": 0, "duration": 1000 / FRAMES_PER_SECOND}
+    # a GIF tells the length of each frame in hundredths of a second
+    ends = np.arange(len(frames) + 1) * 100 // FRAMES_PER_SECOND
+    options = {"loop": 0, "duration": (10 * np.diff(ends)).tolist()}
     if args.path.endswith(".mp4"):
         options = {"fps": FRAMES_PER_SECOND, "macro_block_size": 2}
     iio.imwrite(written, frames, **options)
