@@ -100,21 +100,22 @@ def seed_means(seeds):
     return np.array([[np.mean(games) for games in seeds]])
 
 
-def estimate(statistic, *samples, draws=2000):
+def estimate(statistic, *samples, draws=20_000):
     """A statistic of samples, each a list of seeds' returns, and the ends of its 95% interval.
 
     `statistic` maps the means of seeds, an array [draws, seeds] for each sample, to [draws]. Seeds
     are drawn with replacement, and each time the games within them; of a single seed, its games.
     """
     rng = np.random.default_rng(0)
-
-    def resample(games):
-        return games[rng.integers(len(games), size=len(games))].mean()
-
     resampled = []
     for seeds in samples:
         drawn = rng.integers(len(seeds), size=(draws, len(seeds)))
-        resampled.append(np.array([[resample(seeds[i]) for i in row] for row in drawn]))
+        means = np.empty(drawn.shape)
+        for i, games in enumerate(seeds):
+            at = drawn == i
+            chosen = rng.integers(len(games), size=(at.sum(), len(games)), dtype=np.uint16)
+            means[at] = games[chosen].mean(1)
+        resampled.append(means)
     exact = statistic(*map(seed_means, samples))[0]
     return (exact, *np.percentile(statistic(*resampled), (2.5, 97.5)))
 
