@@ -117,7 +117,7 @@ class Args:
     validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
     """share of the samples to hold out: whole episodes or, if these are long, the last stretch"""
     early_stop_patience: NonNegativeInt = 0
-    """stop after so many epochs without a lower held-out loss and keep the best; 0 runs them all"""
+    """stop so many epochs after the best held-out loss, and after Eq. 3's share; 0 runs them all"""
 
 
 class AtariEnvs(AtariVectorEnv):
@@ -200,8 +200,8 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(c2, c3, 3)),
+            nn.Flatten(),  # before ReLU, whose gradient then has one layout only
             nn.ReLU(),
-            nn.Flatten(),
             layer_init(nn.Linear(c3 * 7 * 7, hidden)),
             nn.ReLU(),
         )
@@ -348,7 +348,6 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
 
     agent = Agent(args.capacity, targets.shape[1])
     agent = agent.to(device, memory_format=torch.channels_last)
-    agent.critic.requires_grad_(args.value_coef != 0)
     optimizer = torch.optim.Adam(agent.parameters(), fused=True)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(agent.parameters(), momentum=0.9, fused=True)
@@ -375,13 +374,15 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
     start_epoch = checkpoint["last_epoch"]
     # as first planned, also where a resume asks for more epochs
     eq3_epochs = checkpoint.setdefault("eq3_epochs", args.eq3_fraction * args.epochs)
+    if args.loss != "reverse_kl":
+        eq3_epochs = 0
     epoch_samples = steps * batch_size
     done = start_epoch * epoch_samples
     total = args.epochs * epoch_samples
     bar = progress(initial=done, total=total, unit="sample", disable=rank > 0)
     start_time = time.time()
     for epoch in range(start_epoch + 1, args.epochs + 1):
-        if 0 < args.early_stop_patience < epoch - checkpoint["epoch"]:
+        if 0 < args.early_stop_patience < epoch - max(checkpoint["epoch"], eq3_epochs):
             break
         shuffled = np.random.default_rng((args.seed, 5, rank, epoch)).permuted(strata, axis=1)
         sums = torch.zeros(len(loss_functions) + 1, device=device)
@@ -400,10 +401,8 @@ def train(args, buffer, checkpoint, writer, device, rank=0, world_size=1):
             losses["value_loss"] = 0.5 * (values - b_values).square().mean()
             # from the start on, KL(student || teacher) can end at one action for every observation,
             # where its gradient vanishes
-            by_eq3 = args.loss == "reverse_kl" and epochs_done < eq3_epochs
-            loss = losses["kl" if by_eq3 else args.loss]
-            if args.value_coef:
-                loss = loss + args.value_coef * losses["value_loss"]
+            by_eq3 = epochs_done < eq3_epochs
+            loss = losses["kl" if by_eq3 else args.loss] + args.value_coef * losses["value_loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

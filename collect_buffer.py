@@ -80,7 +80,7 @@ class Args:
     eval_steps: NonNegativeInt = 100_000
     """steps of evaluating a teacher whose file holds no evaluation; 0 skips it"""
     eval_greedy: bool = False
-    """evaluate the most probable action instead of sampling from the policy"""
+    """evaluate such a teacher's most probable action instead of sampling from its policy"""
 
     # Environment
     env_id: str = "PongNoFrameskip-v4"
@@ -180,8 +180,8 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(c2, c3, 3)),
+            nn.Flatten(),  # before ReLU, whose gradient then has one layout only
             nn.ReLU(),
-            nn.Flatten(),
             layer_init(nn.Linear(c3 * 7 * 7, hidden)),
             nn.ReLU(),
         )
@@ -573,7 +573,6 @@ def main(args):
         "action_meanings": envs.action_meanings,
         "targets": "action_probs" if epsilon is None else "q_values",
         "teacher": teacher,
-        "steps": samples,
         "args": vars(args),
     }
     print(f"saving      {samples:,} samples, {arrays['frames'].nbytes / 1e6:,.0f} MB in memory")

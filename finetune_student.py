@@ -112,7 +112,7 @@ class Args:
     num_minibatches: PositiveInt = 16
     """minibatches in a pass"""
     norm_adv: bool = True
-    """normalise the advantages, once over the whole rollout"""
+    """normalise the advantages, once over the whole rollout, of each process"""
     clip_coef: PositiveFloat = 0.2
     """clipping range of the probability ratio, and of the value with `clip_vloss`"""
     clip_vloss: bool = False
@@ -209,8 +209,8 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(c2, c3, 3)),
+            nn.Flatten(),  # before ReLU, whose gradient then has one layout only
             nn.ReLU(),
-            nn.Flatten(),
             layer_init(nn.Linear(c3 * 7 * 7, hidden)),
             nn.ReLU(),
         )
@@ -300,8 +300,8 @@ def ppo_loss(
 def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
     """Replace the critic's layer by the ridge regression of a rollout's returns on its features.
 
-    The returns hold V itself, by `gae`, so V and returns take turns. Returns V, float32 [T + 1, N],
-    the last of `last_obs`. `obs` is uint8 [T, N, 4, 84, 84], the rest as in `gae`.
+    The returns hold V itself, by `gae`: solved for where both agree, LSTD(lambda) of Boyan 2002.
+    `obs` is uint8 [T, N, 4, 84, 84], the rest as in `gae`. Returns V, float32 [T + 1, N].
     """
     features = []  # the critic's inputs
     hook = agent.critic.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
@@ -309,17 +309,17 @@ def fit_critic(agent, obs, last_obs, rewards, dones, gamma, gae_lambda):
         agent(step_obs)
     hook.remove()
     x = F.pad(torch.stack(features).double().cpu(), (0, 1), value=1.0)  # for the bias
-    gram = sum_over_processes(x[:-1].flatten(0, 1).T @ x[:-1].flatten(0, 1))
+    inputs = x[:-1].flatten(0, 1)
+    # the returns are linear in V = x @ weights: a part from the rewards, and one from each feature
+    by_rewards = gae(rewards.double(), 0 * rewards, dones, 0 * rewards[0], gamma, gae_lambda)
+    by_features = x[:-1] + gae(0 * x[:-1], x[:-1], dones.unsqueeze(-1), x[-1], gamma, gae_lambda)
+    gram = sum_over_processes(inputs.T @ inputs)
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
-    values = torch.zeros(x.shape[:2])
-    for _ in range(50):  # by the defaults each turn shrinks an error of the mean by 1/6
-        advantages = gae(rewards, values[:-1], dones, values[-1], gamma, gae_lambda)
-        moments = torch.einsum("tnf,tn->f", x[:-1], (advantages + values[:-1]).double())
-        weights = torch.linalg.solve(gram, sum_over_processes(moments))
-        values = (x @ weights).float()
+    gram -= sum_over_processes(inputs.T @ by_features.flatten(0, 1))
+    weights = torch.linalg.solve(gram, sum_over_processes(inputs.T @ by_rewards.flatten()))
     agent.critic.weight.copy_(weights[:-1])
     agent.critic.bias.copy_(weights[-1:])
-    return values
+    return (x @ weights).float()
 
 
 def sum_over_processes(x):

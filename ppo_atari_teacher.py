@@ -112,7 +112,7 @@ class Args:
     num_minibatches: PositiveInt = 32
     """minibatches in a pass; the paper's "batch sizes of 32" may mean 1024, of 32 samples each"""
     norm_adv: bool = True
-    """normalise the advantages, once over the whole rollout"""
+    """normalise the advantages, once over the whole rollout, of each process"""
     clip_coef: PositiveFloat = 0.1
     """clipping range of the probability ratio, and of the value with `clip_vloss`"""
     clip_vloss: bool = True
@@ -205,8 +205,8 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(c1, c2, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(c2, c3, 3)),
+            nn.Flatten(),  # before ReLU, whose gradient then has one layout only
             nn.ReLU(),
-            nn.Flatten(),
             layer_init(nn.Linear(c3 * 7 * 7, hidden)),
             nn.ReLU(),
         )

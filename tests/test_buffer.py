@@ -221,7 +221,7 @@ def test_file_holds_the_documented_arrays(chain):
         "episode_returns": ("float32", arrays["episode_index"].max() + 1),
     }
     assert {name: (x.dtype.name, *x.shape) for name, x in arrays.items()} == documented
-    assert meta["env_id"] == "PongNoFrameskip-v4" and meta["steps"] == n
+    assert meta["env_id"] == "PongNoFrameskip-v4"
     assert meta["action_meanings"][:2] == ["NOOP", "FIRE"] and meta["targets"] == "action_probs"
     assert meta["teacher"]["checkpoint"] == "checkpoints/PongNoFrameskip-v4/ppo_high.pt"
     assert len(meta["teacher"]["sha256"]) == 64 and meta["teacher"]["evaluation"]["episodes"] > 1

@@ -349,6 +349,14 @@ def test_early_stopping_keeps_the_best_epoch(real_play, capsys):
     assert found[-1] == pytest.approx(last["validation/kl"], rel=1e-3)
 
 
+def test_early_stopping_waits_until_eq3_ends(real_play):
+    """At a rate that changes nothing, so that the first epoch stays the best."""
+    flags = {"epochs": 8, "early_stop_patience": 1, "eq3_fraction": 0.5, "learning_rate": 1e-20}
+    for loss, last_epoch in ((REVERSE, 5), (KL, 2)):
+        student = distilled(real_play, loss=loss, **flags, overwrite=True)
+        assert (student["epoch"], student["last_epoch"]) == (1, last_epoch)
+
+
 def test_a_buffer_whose_held_out_samples_are_all_seen_still_serves(real_play, capsys):
     """As a greedy teacher's games can be the same from start to end."""
     names = ("stack_index", "action_probs", "values")

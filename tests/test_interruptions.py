@@ -131,9 +131,8 @@ def test_a_signal_ends_a_collection_with_the_shorter_buffer():
     running = Running(collect, flags)
     begun = lambda: "collect:" in Path("err").read_text() and not time.sleep(1)
     status, _ = running.end_when(begun, signal.SIGTERM)
-    *_, values, _, meta = distill.load_buffer("x.npz", GAME)
+    *_, values, _, _ = distill.load_buffer("x.npz", GAME)
     assert status == 0 and 2 < len(values) < 540_000
-    assert meta["steps"] == len(values)
     assert f"x.npz, {len(values):,} samples" in Path("out").read_text()
 
 
