@@ -51,8 +51,8 @@ ROWS = {
 }
 # the paper's geometric mean over ten games of each row, in percent of the teacher
 PAPER = (100, 88, 94, 100, 84, 85, 89)
-# how a strong teacher's student learned: the first of these names that is there, and its mark
-WAYS = {"": {"ad": "", "earlier": " \\*"}, ", the paper's path": {"paper": ""}}
+# how a strong teacher's student learned, and the names of its runs
+WAYS = {"": "ad", ", the paper's path": "paper"}
 # fine-tuning with one flag changed: the names of its runs
 OTHER_RECIPES = {"`--kl-coef 0`": "nopull", "`--learning-rate 2.5e-4`": "slower"}
 COLORS = {"medium": "C4", "low": "C0"}
@@ -285,13 +285,11 @@ def students_table(strong):
         digits = 2 if abs(score) < 100 else 0
         share_of = functools.partial(geometric_mean, [title.split(",")[0]])
         row = [title, f"{score:,.{digits}f} ± {std:,.{digits}f}, {episodes} games"]
-        for capacity, ways in itertools.product(COLORS, WAYS.values()):
-            marks = {mark: find(lines, f"{name}_{capacity}") for name, mark in ways.items()}
-            mark, found = next((x for x in marks.items() if x[1]), ("", []))
-            if found:
+        for capacity, name in itertools.product(COLORS, WAYS.values()):
+            if found := find(lines, f"{name}_{capacity}"):
                 scores = ", ".join(f"{x['mean']:,.{digits}f}" for x in found)
                 shares = estimate(share_of, returns(found), returns(teacher))
-                row.append("{}{}: **{:.0f}%** ({:.0f}% to {:.0f}%)".format(scores, mark, *shares))
+                row.append("{}: **{:.0f}%** ({:.0f}% to {:.0f}%)".format(scores, *shares))
             else:
                 row.append("–")
         rows.append(row)
