@@ -117,7 +117,8 @@ class Args:
     validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.05
     """share of the samples to hold out: whole episodes or, if these are long, the last stretch"""
     early_stop_patience: NonNegativeInt = 0
-    """stop so many epochs after the best held-out loss, and after Eq. 3's share; 0 runs them all"""
+    """stop after so many epochs, past Eq. 3's share, without a lower held-out loss, and keep the
+    best; 0 runs them all"""
 
 
 class AtariEnvs(AtariVectorEnv):
